@@ -1,0 +1,294 @@
+"""The main job: load, score the references, learn or merge, score, export."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
+from rich.console import Console
+from torch import Tensor
+
+from adamerge.cli import config as configuration
+from adamerge.cli.console import announce, conclude
+from adamerge.cli.lightning import progress_bar, quiet
+from adamerge.errors import ConfigError, OutputError, TrainingError, shortlist
+from adamerge.evaluation.evaluator import Accuracies, Evaluator, mean_normalized
+from adamerge.evaluation.report import Results, TaskResult, peak_memory_bytes
+from adamerge.export.coefficients import SavedCoefficients, read_coefficients, write_coefficients
+from adamerge.export.run import export_run
+from adamerge.files import write_text
+from adamerge.learning.fit import Learned, UserInterruptError, learn
+from adamerge.merging import MergedModel
+from adamerge.methods import LearnedMethod, StaticMethod
+from adamerge.methods.static import Individual, TaskArithmetic
+from adamerge.tasks.datamodule import UnlabeledImages
+from adamerge.tasks.problem import Problem, load_problem, suite_named
+
+REFERENCE_SCALING = 0.3
+"""λ of the Task Arithmetic column of every table."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves in memory; the same stands in its folder.
+
+    Attributes:
+        results: Accuracies and times.
+        merged: Merged tensors of the image tower by key; None for a method that makes no single model.
+        coefficients: λ with its groups; None for a method without.
+        run_dir: The folder.
+    """
+
+    results: Results
+    merged: dict[str, Tensor] | None
+    coefficients: SavedCoefficients | None
+    run_dir: Path
+
+
+@dataclass
+class Job:
+    """One run of one configuration."""
+
+    config: DictConfig
+    run_dir: Path
+    method_name: str
+    console: Console
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("load", "adapt", "evaluate", "export"), 0.0)
+    )
+
+    def run(self) -> Outcome | None:
+        """Do all of it; None on the helper processes of a distributed run."""
+        config = self.config
+        quiet()
+        configuration.check_complete(config)
+        prepare_folder(self.run_dir)
+        if config.resume:
+            configuration.check_same(config, self.run_dir)
+        method = hydra.utils.instantiate(config.method)
+        pl.seed_everything(config.seed, workers=True, verbose=False)
+        with self._phase("load"):
+            problem = self._load()
+        configuration.save_config(config, self.run_dir)
+        announce(self.console, problem, self.method_name, self.run_dir)
+        probe = hydra.utils.instantiate(config.trainer)(
+            logger=False, enable_checkpointing=False, enable_progress_bar=False
+        )
+        evaluator = Evaluator(problem, probe.strategy.root_device, str(probe.precision), config.data.eval_batch_size)
+        if rank_zero_only.rank == 0:
+            with self._phase("evaluate"), self.console.status("scoring the pretrained model and the experts"):
+                references = self._references(problem, evaluator)
+        else:
+            references = ({}, {}, {})
+        pretrained, arithmetic, experts = references
+        learned, saved = None, None
+        with self._phase("adapt"):
+            if isinstance(method, Individual):
+                merged = None
+            elif hasattr(method, "prepare"):
+                merged, saved, learned = self._learn(method, problem)
+            else:
+                merged = self._merge(method, problem, evaluator)
+        if rank_zero_only.rank != 0:
+            return None
+        with self._phase("evaluate"), self.console.status("scoring the merged model"):
+            scores = experts if merged is None else evaluator(merged)
+        tasks = {
+            task: TaskResult(pretrained[task], arithmetic[task], scores[task], experts[task])
+            for task in problem.bank.task_names
+        }
+        results = Results(
+            suite=problem.suite.name,
+            method=self.method_name,
+            seed=config.seed,
+            steps=learned.steps if learned else 0,
+            adapt=config.data.adapt,
+            fraction=config.data.fraction,
+            tasks=tasks,
+            seconds=self.seconds,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+        with self._phase("export"), self.console.status("writing"):
+            plain: Any = OmegaConf.to_container(config, resolve=True)
+            export_run(self.run_dir, problem, results, config=plain, merged=merged, coefficients=saved, learned=learned)
+        results = replace(results, seconds=self.seconds, peak_memory_bytes=peak_memory_bytes())
+        write_text(self.run_dir / "results.json", json.dumps(results.to_json(), indent=2) + "\n")
+        conclude(self.console, results, self.run_dir, exported=merged is not None and config.export.checkpoint)
+        return Outcome(results, merged, saved, self.run_dir)
+
+    def _load(self) -> Problem:
+        config = self.config
+        cache_dir = configuration.cache_dir(config)
+        tasks = list(config.suite.tasks) if config.suite.tasks is not None else None
+        with self.console.status("reading the model, the experts and the images"):
+            problem = load_problem(
+                suite_named(config.suite.name, config.suite.root, tasks, cache_dir),
+                cache_dir=cache_dir,
+                include=config.model.include,
+                exclude=config.model.exclude,
+                strict_dtype=config.bank.strict_dtype,
+                adapt=config.data.adapt,
+                split_seed=config.data.split_seed,
+                fraction=config.data.fraction,
+            )
+        if config.export.checkpoint:
+            need_room(self.run_dir, 4 * sum(tensor.numel() for tensor in problem.clip.state_dict.values()))
+        return problem
+
+    def _references(self, problem: Problem, evaluator: Evaluator) -> tuple[Accuracies, Accuracies, Accuracies]:
+        """Pretrained, Task Arithmetic at 0.3 and experts; by content, so that a sweep pays once."""
+        arithmetic = TaskArithmetic(scaling=REFERENCE_SCALING, grid=())(problem.bank)
+        return (
+            evaluator(problem.bank.pretrained, cached=True),
+            evaluator(arithmetic, cached=True),
+            evaluator.experts(),
+        )
+
+    def _merge(self, method: StaticMethod, problem: Problem, evaluator: Evaluator) -> dict[str, Tensor]:
+        candidates = method.candidates()
+        if len(candidates) == 1:
+            return candidates[0](problem.bank)
+        labelled = problem.labelled()
+        own: Accuracies = {}
+        for task in problem.bank.task_names:
+            own |= evaluator(problem.bank.expert(task), tasks=[task], images=labelled, cached=True)
+        scores = []
+        for candidate in candidates:
+            scores.append(mean_normalized(evaluator(candidate(problem.bank), images=labelled), own))
+            self.console.print(
+                f"{candidate}: normalised accuracy {scores[-1]:.4f} on the labelled split",
+                soft_wrap=True,
+                highlight=False,
+            )
+        best = candidates[scores.index(max(scores))]
+        self.console.print(f"chosen: {best}", soft_wrap=True, highlight=False)
+        return best(problem.bank)
+
+    def _learn(
+        self, method: LearnedMethod, problem: Problem
+    ) -> tuple[dict[str, Tensor], SavedCoefficients, Learned | None]:
+        transform = method.transform
+        bank = problem.bank.transformed(transform.fit(problem.bank), in_place=True) if transform else problem.bank
+        description = transform.to_json() if transform else None
+        if method.coefficients is not None:
+            saved = read_coefficients(Path(method.coefficients))
+            check_coefficients_fit(saved, problem, description, method.coefficients)
+            model = MergedModel(problem.clip.image_encoder, bank, saved.partition)
+            model.update(saved.coefficients)
+            return model.weights(), saved, None
+        partition, coefficients = method.prepare(bank)
+        model = MergedModel(problem.clip.image_encoder, bank, partition)
+        config = self.config
+        data = UnlabeledImages(
+            {task: images.images for task, images in problem.unlabeled.items()},
+            problem.adapt_indices,
+            images_per_batch=config.data.images_per_batch,
+            batches_per_step=config.data.batches_per_step,
+            seed=config.seed,
+        )
+        make_logger = hydra.utils.instantiate(config.logger)
+        try:
+            learned = learn(
+                model,
+                coefficients,
+                hydra.utils.instantiate(config.objective),
+                data,
+                problem.heads,
+                run_dir=self.run_dir,
+                make_trainer=hydra.utils.instantiate(config.trainer),
+                optimizer=hydra.utils.instantiate(config.optimizer),
+                task_weights=task_weights(config.data.task_weights, problem.bank.task_names),
+                fuse_tasks=config.data.fuse_tasks,
+                resume=config.resume is not None,
+                callbacks=[progress_bar()],
+                logger=make_logger(save_dir=self.run_dir) if make_logger else False,
+            )
+        except UserInterruptError as error:
+            raise UserInterruptError(f"{error} Continue with: adamerge resume={self.run_dir}") from error
+        except TrainingError as error:
+            kept = coefficients().detach().cpu()
+            saved = SavedCoefficients(kept, bank.task_names, partition, description, bank.base_hash, self.method_name)
+            file = self.run_dir / "coefficients.safetensors"
+            write_coefficients(file, saved)
+            raise TrainingError(
+                f"{error} They are in {file}; merge with them by method.coefficients={file}."
+            ) from error
+        saved = SavedCoefficients(
+            learned.coefficients, bank.task_names, partition, description, bank.base_hash, self.method_name
+        )
+        model.to("cpu").update(learned.coefficients)
+        return model.weights(), saved, learned
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+
+def prepare_folder(run_dir: Path) -> None:
+    """Make sure that results can be written to ``run_dir``.
+
+    Raises:
+        OutputError: If they cannot.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".adamerge-probe"
+        probe.write_bytes(b"0")
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to the output folder {run_dir}: {error.strerror}. Choose another with paths.run_dir=DIR."
+        ) from error
+
+
+def need_room(run_dir: Path, bytes_needed: int) -> None:
+    """Raise OutputError unless the disk of ``run_dir`` has room for ``bytes_needed``."""
+    free = shutil.disk_usage(run_dir).free
+    if free < bytes_needed:
+        raise OutputError(
+            f"the merged model needs {bytes_needed / 2**20:,.0f} MiB, but {run_dir} has {free / 2**20:,.0f} MiB free. "
+            "Free some room, choose another folder with paths.run_dir=DIR, or set export.checkpoint=false."
+        )
+
+
+def task_weights(given: Mapping[str, float] | None, tasks: tuple[str, ...]) -> dict[str, float]:
+    """Factor of each task's loss; 1 for those not named.
+
+    Raises:
+        ConfigError: If a named task is not merged.
+    """
+    given = given or {}
+    if unknown := given.keys() - set(tasks):
+        raise ConfigError(f"data.task_weights names {shortlist(unknown)}, but the tasks are {', '.join(tasks)}.")
+    return {task: float(given.get(task, 1.0)) for task in tasks}
+
+
+def check_coefficients_fit(
+    saved: SavedCoefficients, problem: Problem, transform: dict[str, Any] | None, file: str
+) -> None:
+    """Raise ConfigError unless saved coefficients were learned for this base, these tasks, keys and transform."""
+    bank = problem.bank
+    if saved.base_hash != bank.base_hash:
+        raise ConfigError(f"{file} was learned for another pretrained model. Use the base it was learned on.")
+    if saved.task_names != bank.task_names:
+        raise ConfigError(
+            f"{file} holds coefficients of {', '.join(saved.task_names)}, but the tasks are "
+            f"{', '.join(bank.task_names)}. Merge the same tasks in the same order with suite.tasks=[…]."
+        )
+    if tuple(saved.partition.segments) != tuple(bank.pretrained):
+        raise ConfigError(f"{file} covers other tensors than are merged here. Use the same model.include/exclude.")
+    if saved.transform != transform:
+        raise ConfigError(
+            f"{file} was learned on task vectors transformed by {saved.transform}, this method transforms by "
+            f"{transform}. Choose method={saved.method}."
+        )

@@ -1,0 +1,31 @@
+"""How Lightning talks to the user: a progress bar and no chatter."""
+
+import logging
+import warnings
+from typing import Any
+
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+
+from adamerge.learning.fit import CHECKPOINT_EVERY
+
+
+def quiet() -> None:
+    """Keep tips, deprecations and device inventories of other libraries out of the user's sight."""
+    for library in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    for module in ("pytorch_lightning", "lightning_fabric", "torch", "open_clip", "timm"):
+        warnings.filterwarnings("ignore", module=rf"{module}\b")
+
+
+def progress_bar() -> Callback:
+    """Lightning's bar with rate and time left, refreshed as rarely as the losses are read."""
+    return _LearningBar(refresh_rate=CHECKPOINT_EVERY)
+
+
+class _LearningBar(TQDMProgressBar):
+    def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
+        super().on_train_epoch_start(trainer, *_)
+        self.train_progress_bar.set_description("learning coefficients")
+
+    def get_metrics(self, *args: Any) -> dict[str, Any]:
+        return {key: value for key, value in super().get_metrics(*args).items() if key != "v_num"}

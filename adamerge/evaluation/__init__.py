@@ -1,0 +1,1 @@
+"""Accuracies, tables and figures (floor 6)."""

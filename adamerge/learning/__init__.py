@@ -1,0 +1,1 @@
+"""Learning coefficients with Lightning (floor 5)."""

@@ -1,0 +1,138 @@
+"""Run a learner: the Trainer, its checkpoints, and what is left when it ends."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adamerge.errors import AdamergeError, TrainingError
+from adamerge.files import atomic_file
+from adamerge.learning.module import CoefficientLearner, Objective
+from adamerge.merging import Coefficients, MergedModel, Partition
+from adamerge.tasks.datamodule import UnlabeledImages
+
+CHECKPOINT_EVERY = 10
+"""Optimiser steps between two checkpoints, and between two looks at the losses."""
+
+
+class UserInterruptError(AdamergeError):
+    """The user stopped the run."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a learner leaves.
+
+    Attributes:
+        coefficients: λ, (K, G), on the CPU.
+        partition: Its groups.
+        losses: Per step and task, (S, K); NaN for steps that did not run.
+        mean_coefficients: λ averaged over groups per step and task, (S, K).
+        steps: Optimiser steps done.
+    """
+
+    coefficients: Tensor
+    partition: Partition
+    losses: Tensor
+    mean_coefficients: Tensor
+    steps: int
+
+
+def learn(
+    model: MergedModel,
+    coefficients: Coefficients,
+    objective: Objective,
+    data: UnlabeledImages,
+    heads: Mapping[str, Tensor],
+    *,
+    run_dir: Path,
+    make_trainer: Callable[..., pl.Trainer],
+    optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer],
+    task_weights: Mapping[str, float],
+    fuse_tasks: bool,
+    resume: bool,
+    callbacks: Iterable[Callback] = (),
+    logger: Any = False,
+) -> Learned:
+    """Learn coefficients; with ``resume`` continue from the last checkpoint in ``run_dir``, if there is one.
+
+    Raises:
+        UserInterruptError: On Ctrl-C.
+        TrainingError: If a loss is not finite or memory runs out.
+    """
+    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    trainer = make_trainer(
+        callbacks=[
+            *callbacks,
+            _Checkpoints(checkpoint),
+        ],
+        plugins=[_AtomicCheckpoints()],
+        enable_checkpointing=False,  # Lightning's own callback; ours is in the list
+        logger=logger,
+        default_root_dir=run_dir,
+    )
+    learner = CoefficientLearner(
+        model,
+        coefficients,
+        objective,
+        heads,
+        task_weights=task_weights,
+        optimizer=optimizer,
+        max_steps=trainer.max_steps,
+        fuse_tasks=fuse_tasks,
+        check_every=CHECKPOINT_EVERY,
+    )
+    if trainer.is_global_zero and not resume:
+        checkpoint.unlink(missing_ok=True)  # of another run in the same folder
+    if trainer.max_steps > 0:
+        _fit(trainer, learner, data, str(checkpoint) if resume and checkpoint.exists() else None)
+    with torch.no_grad():
+        final = coefficients().cpu()
+    return Learned(final, model.partition, learner.losses.cpu(), learner.mean_coefficients.cpu(), trainer.global_step)
+
+
+def _fit(trainer: pl.Trainer, learner: CoefficientLearner, data: UnlabeledImages, resume_from: str | None) -> None:
+    try:
+        trainer.fit(learner, datamodule=data, ckpt_path=resume_from, weights_only=True)
+    except SystemExit as error:  # how Lightning ends after Ctrl-C
+        if not trainer.interrupted:
+            raise
+        raise UserInterruptError(f"stopped by the user at step {trainer.global_step}.") from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            "memory ran out while learning. Run the tasks one after another with data.fuse_tasks=false, lower "
+            "data.images_per_batch, or halve the activations with trainer.precision=bf16-mixed."
+        ) from error
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not allocate, on any device."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+class _Checkpoints(Callback):
+    """One file, replaced every few optimiser steps. (Lightning's own callback means to save before manual steps.)"""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step % CHECKPOINT_EVERY == 0:
+            trainer.save_checkpoint(self._path)
+
+
+class _AtomicCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are whole or absent, written through a file beside the final one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with atomic_file(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)

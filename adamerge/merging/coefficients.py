@@ -1,0 +1,50 @@
+"""The only thing that learns: λ."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from adamerge.errors import ConfigError, ShapeError
+from adamerge.merging.constraints import constraint_named
+
+
+class Coefficients(nn.Module):
+    """Learnable merging coefficients.
+
+    Args:
+        num_tasks: K.
+        num_groups: G.
+        init: Initial λ: one number, one per task (K), or all of them (K, G).
+        constraint: ``identity``, ``clamp``, ``sigmoid`` or ``softmax`` (over tasks).
+
+    Raises:
+        ShapeError: If ``init`` has another shape.
+        ConfigError: If the constraint is unknown or cannot reach ``init``.
+    """
+
+    def __init__(
+        self, num_tasks: int, num_groups: int, *, init: float | Sequence[float] | Tensor, constraint: str
+    ) -> None:
+        super().__init__()
+        self._constraint = constraint_named(constraint)
+        start = torch.as_tensor(init, dtype=torch.get_default_dtype())
+        if start.dim() == 1 and start.shape[0] == num_tasks:
+            start = start[:, None]
+        full = (num_tasks, num_groups)
+        if start.dim() not in (0, 2) or any(n not in (1, full[axis]) for axis, n in enumerate(start.shape)):
+            raise ShapeError(
+                f"the initial coefficients have shape {tuple(start.shape)}. Give one number, one per task "
+                f"({num_tasks}), or all of them ({num_tasks}, {num_groups})."
+            )
+        start = start.expand(full)
+        if not (start.isfinite().all() and self._constraint.admits(start)):
+            raise ConfigError(
+                f"constraint '{constraint}' takes initial coefficients that are {self._constraint.range}, "
+                f"found {start.min():g} to {start.max():g}. Change method.init or method.constraint."
+            )
+        self.raw = nn.Parameter(self._constraint.inverse(start).contiguous())
+
+    def forward(self) -> Tensor:
+        """λ, (K, G)."""
+        return self._constraint.forward(self.raw)

@@ -1,0 +1,113 @@
+"""The one differentiable merge: one pass over τ forward, one contraction over τ backward."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from adamerge.bank import ParameterBank
+from adamerge.errors import ShapeError, shortlist
+from adamerge.merging.partition import Partition
+
+
+def merge(bank: ParameterBank, coefficients: Tensor, partition: Partition) -> dict[str, Tensor]:
+    """θ₀ + Σ_k λ[k, g(p)] · τ_k[p] for every entry p.
+
+    Differentiable in ``coefficients`` alone, once. The graph has one node, whatever the number of tasks and tensors.
+
+    Args:
+        bank: P parameters, K tasks.
+        coefficients: λ, (K, G).
+        partition: The map g into G groups.
+
+    Returns:
+        Merged tensors by key, shapes and dtype of ``bank.pretrained``.
+
+    Raises:
+        ShapeError: If ``coefficients`` is not (K, G).
+
+    Source: Task Arithmetic, arXiv:2212.04089; AdaMerging, arXiv:2310.02575.
+    """
+    check_coefficients(bank, coefficients, partition)
+    merged = _Merge.apply(coefficients, bank, partition)
+    return dict(zip(bank.pretrained, merged, strict=True))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def merge_into(
+    out: Mapping[str, Tensor], bank: ParameterBank, coefficients: Tensor, partition: Partition
+) -> Mapping[str, Tensor]:
+    """``merge`` without a graph, into tensors that exist already."""
+    weights = coefficients.detach()
+    for key, base in bank.pretrained.items():
+        flat, task_vectors = base.reshape(-1), bank.task_vectors[key].reshape(bank.num_tasks, -1)  # (n,), (K, n)
+        target = out[key].view(-1)
+        columns = weights.to(task_vectors)
+        for start, stop, group in partition.segments[key]:
+            torch.addmv(flat[start:stop], task_vectors[:, start:stop].t(), columns[:, group], out=target[start:stop])
+    return out
+
+
+@torch.no_grad()
+def contract(bank: ParameterBank, gradients: Mapping[str, Tensor | None], partition: Partition) -> Tensor:
+    """∂L/∂λ[k, g] = Σ_{p: g(p) = g} ∂L/∂θ[p] · τ_k[p], from the gradient of the merged weights.
+
+    Args:
+        bank: K tasks.
+        gradients: ∂L/∂θ by key; a missing or None entry counts as zero.
+        partition: G groups.
+
+    Returns:
+        (K, G), in the bank's dtype. Products are added up in float64 (float32 on devices without): λ's gradient is a
+        sum over up to millions of terms that nearly cancel.
+    """
+    reference = next(iter(bank.pretrained.values()))
+    wide = torch.float32 if reference.device.type == "mps" else torch.float64
+    # A run's float64 copy should stay in a CPU core's cache; elsewhere a launch should be worth its while.
+    run = max(1, (1 << 15 if reference.device.type == "cpu" else 1 << 24) // bank.num_tasks)
+    total = torch.zeros(partition.num_groups, bank.num_tasks, dtype=wide, device=reference.device)
+    for key in bank.pretrained:
+        gradient = gradients.get(key)
+        if gradient is None:
+            continue
+        task_vectors = bank.task_vectors[key].reshape(bank.num_tasks, -1)  # (K, n)
+        flat = gradient.reshape(-1)
+        for start, stop, group in partition.segments[key]:
+            for first in range(start, stop, run):
+                part = slice(first, min(first + run, stop))
+                total[group].addmv_(task_vectors[:, part].to(wide), flat[part].to(wide))
+    return total.t().to(reference.dtype).contiguous()
+
+
+def check_coefficients(bank: ParameterBank, coefficients: Tensor, partition: Partition) -> None:
+    """Raise ShapeError unless ``coefficients`` is (K, G) and the partition is one of the bank's tensors."""
+    expected = (bank.num_tasks, partition.num_groups)
+    if tuple(coefficients.shape) != expected:
+        raise ShapeError(
+            f"coefficients have shape {tuple(coefficients.shape)}, expected {expected}: one row per task and one "
+            f"column per group of granularity '{partition.granularity}'."
+        )
+    sizes = {key: runs[-1][1] for key, runs in partition.segments.items()}
+    if bad := [key for key, base in bank.pretrained.items() if sizes.get(key) != base.numel()]:
+        raise ShapeError(
+            f"the partition does not cover {shortlist(bad)}: it was built for other tensors. "
+            "Build it from the shapes of this bank."
+        )
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, coefficients: Tensor, bank: ParameterBank, partition: Partition) -> tuple[Tensor, ...]:
+        ctx.bank, ctx.partition, ctx.dtype = bank, partition, coefficients.dtype
+        ctx.set_materialize_grads(False)
+        out = {
+            key: torch.empty_like(base, memory_format=torch.contiguous_format) for key, base in bank.pretrained.items()
+        }
+        return tuple(merge_into(out, bank, coefficients, partition).values())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor | None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        by_key = dict(zip(ctx.bank.pretrained, gradients, strict=True))
+        return contract(ctx.bank, by_key, ctx.partition).to(ctx.dtype), None, None

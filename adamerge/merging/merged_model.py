@@ -1,0 +1,76 @@
+"""A frozen network called with merged weights."""
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from adamerge.bank import ParameterBank
+from adamerge.errors import KeyMismatchError, shortlist
+from adamerge.merging.merge import check_coefficients, contract, merge_into
+from adamerge.merging.partition import Partition
+
+
+class MergedModel:
+    """``network`` with ``merge(bank, λ, partition)`` in place of its own weights.
+
+    The merged tensors are separate leaves that live as long as this object: any number of backward passes add up in
+    their gradients, and one contraction turns the sum into ∂L/∂λ. Not an ``nn.Module``, so that neither the
+    bank nor the network is ever broadcast or checkpointed with the coefficients.
+
+    Args:
+        network: Frozen; its parameter names include the bank's keys.
+        bank: θ₀ and τ.
+        partition: Groups of the coefficients.
+
+    Raises:
+        KeyMismatchError: If the network lacks a key of the bank.
+    """
+
+    def __init__(self, network: nn.Module, bank: ParameterBank, partition: Partition) -> None:
+        if missing := bank.pretrained.keys() - dict(network.named_parameters()).keys():
+            raise KeyMismatchError(
+                f"the network has no parameters named {shortlist(missing)}. "
+                "Wrap it so that its names are the bank's keys."
+            )
+        self.network = network
+        self.bank = bank
+        self.partition = partition
+        self._leaves: dict[str, Tensor] = {}
+
+    def to(self, device: torch.device | str) -> "MergedModel":
+        """Move network and bank; the merged weights are made anew by the next ``update``."""
+        self.network.to(device)
+        self.bank = self.bank.to(device)
+        self._leaves = {}
+        return self
+
+    @torch.inference_mode(False)  # leaves that are made in inference mode could never be trained
+    @torch.no_grad()
+    def update(self, coefficients: Tensor) -> None:
+        """Merge with λ (K, G) and forget all gradients."""
+        check_coefficients(self.bank, coefficients, self.partition)
+        if not self._leaves:
+            self._leaves = {key: torch.empty_like(base) for key, base in self.bank.pretrained.items()}
+        for leaf in self._leaves.values():
+            leaf.requires_grad_(False).grad = None
+        merge_into(self._leaves, self.bank, coefficients, self.partition)
+        for leaf in self._leaves.values():
+            leaf.requires_grad_()
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        """The network's output under the weights of the last ``update``.
+
+        Raises:
+            RuntimeError: If there has been none.
+        """
+        if not self._leaves:
+            raise RuntimeError("nothing has been merged yet. Call update(coefficients) first.")
+        return functional_call(self.network, self._leaves, args)
+
+    def coefficient_gradient(self) -> Tensor:
+        """∂L/∂λ, (K, G), of all losses that were back-propagated since the last ``update``."""
+        return contract(self.bank, {key: leaf.grad for key, leaf in self._leaves.items()}, self.partition)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The merged tensors, detached."""
+        return {key: leaf.detach() for key, leaf in self._leaves.items()}

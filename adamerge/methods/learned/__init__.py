@@ -1,0 +1,5 @@
+"""Learners of coefficients, one file each."""
+
+from adamerge.methods.learned.adamerging import AdaMerging
+
+__all__ = ["AdaMerging"]

@@ -1,0 +1,1 @@
+"""How a CLIP is loaded and called, and its zero-shot heads (floor 3)."""

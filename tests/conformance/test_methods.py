@@ -1,0 +1,265 @@
+"""What every method of conf/method promises; a method that is listed there is tested here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import hydra.utils
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from torch import Tensor
+from unit.zoo import Zoo, make_zoo
+
+from adamerge.bank import ParameterBank
+from adamerge.cli import commands
+from adamerge.cli.config import check_complete, compose_config, config_dir, options
+from adamerge.merging import MergedModel, merge
+from adamerge.methods.static import Individual
+
+METHODS = sorted(file.stem for file in (config_dir() / "method").glob("*.yaml"))
+
+# Options under which one task alone gives its expert. Learners are not listed: they all start there with λ = 1.
+EXPERT_AT = {
+    "average": [],
+    "individual": [],
+    "task_arithmetic": ["method.scaling=1"],
+    "ties": ["method.scaling=1", "method.density=1"],
+}
+NEVER_THE_EXPERT = {"pretrained"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A composed method and its name."""
+
+    name: str
+    config: DictConfig
+
+    @property
+    def method(self) -> Any:
+        return hydra.utils.instantiate(self.config.method)
+
+    @property
+    def learns(self) -> bool:
+        return hasattr(self.method, "prepare")
+
+    def merged(self, bank: ParameterBank) -> list[dict[str, Tensor]]:
+        """What the method makes of a bank before any learning; a method without a single model makes one per task."""
+        method = self.method
+        if isinstance(method, Individual):
+            return [method(bank, task) for task in bank.task_names]
+        if not self.learns:
+            return [candidate(bank) for candidate in method.candidates()]
+        seen = self.transformed(bank)
+        partition, coefficients = method.prepare(seen)
+        with torch.no_grad():
+            return [merge(seen, coefficients(), partition)]
+
+    def transformed(self, bank: ParameterBank) -> ParameterBank:
+        transform = self.method.transform
+        return bank.transformed(transform.fit(bank)) if transform else bank
+
+
+@cache
+def compose(name: str, *overrides: str) -> Case:
+    before = HydraConfig.instance().cfg
+    config, _ = compose_config("train", [f"method={name}", "suite=folder", "suite.root=x", *overrides])
+    HydraConfig.instance().cfg = before
+    return Case(name, config)
+
+
+LEARNERS = [name for name in METHODS if compose(name).learns]
+
+
+@pytest.fixture(params=METHODS)
+def case(request: pytest.FixtureRequest) -> Case:
+    return compose(request.param)
+
+
+@pytest.fixture(scope="module")
+def zoo() -> Zoo:
+    return make_zoo(num_tasks=3)
+
+
+def permuted(bank: ParameterBank, order: Sequence[int]) -> ParameterBank:
+    task_vectors = {key: tensor[list(order)].clone() for key, tensor in bank.task_vectors.items()}
+    return ParameterBank(bank.pretrained, task_vectors, tuple(bank.task_names[index] for index in order))
+
+
+def copied(bank: ParameterBank) -> ParameterBank:
+    return permuted(bank, range(bank.num_tasks))
+
+
+def assert_weights(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
+    assert list(found) == list(expected)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, msg=lambda text, key=key: f"{key}: {text}", **tolerance)
+
+
+def test_there_are_methods() -> None:
+    assert {"adamerging_layerwise", "average", "task_arithmetic", "ties"} <= set(METHODS)
+
+
+def test_every_method_says_when_it_gives_the_expert() -> None:
+    """Written down for every method that does not learn: under which options, or never."""
+    silent = [name for name in METHODS if name not in {*LEARNERS, *EXPERT_AT, *NEVER_THE_EXPERT}]
+    assert not silent, f"add {silent} to EXPERT_AT or NEVER_THE_EXPERT"
+    assert EXPERT_AT.keys() | NEVER_THE_EXPERT <= set(METHODS)
+
+
+def test_its_file_is_described(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    description = options("method")[case.name]
+    assert len(description) > 10
+    commands.list_methods([])
+    assert f"{case.name}  {description}\n" in capsys.readouterr().out
+
+
+def test_composes_and_instantiates(case: Case) -> None:
+    check_complete(case.config)
+    method = case.method
+    if case.learns:
+        assert method.coefficients is None
+        assert method.transform is None or method.transform.to_json()["name"]
+    elif case.name != "individual":
+        assert len(method.candidates()) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "scaling" in compose(name).config.method])
+def test_a_search_offers_every_scaling_of_the_grid(name: str, zoo: Zoo) -> None:
+    case = compose(name, "method.scaling=search")
+    candidates = case.method.candidates()
+    assert [candidate.scaling for candidate in candidates] == list(case.config.method.grid)
+    fixed = compose(name, f"method.scaling={candidates[1].scaling}").method
+    assert_weights(candidates[1](zoo.bank), fixed(zoo.bank), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_keeps_keys_shapes_and_dtypes(case: Case, zoo: Zoo, dtype: torch.dtype) -> None:
+    experts = dict(zip(zoo.bank.task_names, zoo.experts, strict=True))
+    bank = ParameterBank.from_experts(zoo.pretrained, experts, list(zoo.pretrained), dtype=dtype)
+    for merged in case.merged(bank):
+        assert list(merged) == list(bank.pretrained)
+        assert {key: tensor.shape for key, tensor in merged.items()} == bank.shapes
+        assert {tensor.dtype for tensor in merged.values()} == {dtype}
+        assert all(tensor.isfinite().all() for tensor in merged.values())
+        assert not any(tensor.requires_grad for tensor in merged.values())
+
+
+def test_leaves_the_bank_untouched_and_shares_no_memory_with_it(case: Case, zoo: Zoo) -> None:
+    pretrained = {key: tensor.clone() for key, tensor in zoo.pretrained.items()}
+    bank = ParameterBank(pretrained, copied(zoo.bank).task_vectors, zoo.bank.task_names)
+    for merged in case.merged(bank):
+        for tensor in merged.values():
+            tensor.fill_(7)
+    assert_weights(dict(bank.pretrained), zoo.pretrained, rtol=0, atol=0)
+    assert_weights(dict(bank.task_vectors), dict(zoo.bank.task_vectors), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in LEARNERS if compose(name).method.transform])
+def test_an_in_place_transform_gives_what_the_lazy_one_gives(name: str, zoo: Zoo) -> None:
+    transform = compose(name).method.transform
+    bank = copied(zoo.bank)
+    lazy = bank.transformed(transform.fit(bank))
+    expected = {key: lazy.task_vectors[key].clone() for key in lazy.task_vectors}
+    assert bank.transformed(transform.fit(bank), in_place=True) is bank
+    assert_weights(dict(bank.task_vectors), expected, rtol=0, atol=0)
+
+
+def test_gives_the_pretrained_model_for_experts_that_equal_it(case: Case, zoo: Zoo) -> None:
+    bank = ParameterBank.from_experts(zoo.pretrained, dict.fromkeys("abc", zoo.pretrained), list(zoo.pretrained))
+    for merged in case.merged(bank):
+        assert_weights(merged, zoo.pretrained, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in NEVER_THE_EXPERT])
+def test_gives_the_expert_for_one_task(name: str, zoo: Zoo) -> None:
+    case = compose(name, *EXPERT_AT.get(name, []))
+    if case.learns:
+        transformed = ["method.transform.density=1"] if "density" in (case.config.method.transform or {}) else []
+        case = compose(name, "method.init=1", *transformed)
+    bank = ParameterBank.from_experts(zoo.pretrained, {"only": zoo.experts[1]}, list(zoo.pretrained))
+    (merged,) = case.merged(bank)
+    assert_expert(merged, zoo, 1)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_one_hot_coefficients_give_the_expert_that_the_method_sees(name: str, zoo: Zoo) -> None:
+    case = compose(name, "method.init=[0,1,0]")
+    (merged,) = case.merged(zoo.bank)
+    if case.method.transform is None:
+        assert_expert(merged, zoo, 1)
+    else:
+        assert_weights(merged, case.transformed(zoo.bank).expert(1), rtol=1e-6, atol=1e-7)
+
+
+def assert_expert(merged: dict[str, Tensor], zoo: Zoo, task: int) -> None:
+    """Within one float32 rounding of the larger of |θ₀| and |θ_k|."""
+    for key, expert in zoo.experts[task].items():
+        size = torch.maximum(zoo.pretrained[key].abs(), expert.abs())
+        assert ((merged[key] - expert).abs() <= torch.finfo(torch.float32).eps * size).all(), key
+
+
+@pytest.mark.parametrize("order", [(2, 0, 1), (1, 0, 2)])
+def test_does_not_depend_on_task_order(case: Case, zoo: Zoo, order: tuple[int, ...]) -> None:
+    found = case.merged(permuted(zoo.bank, order))
+    expected = case.merged(zoo.bank)
+    if isinstance(case.method, Individual):
+        expected = [expected[index] for index in order]
+    for merged, reference in zip(found, expected, strict=True):
+        assert_weights(merged, reference, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_learning_step_does_not_depend_on_task_order(name: str, zoo: Zoo) -> None:
+    case = compose(name)
+    order = (2, 0, 1)
+    gradient, merged = step(case, zoo, range(3))
+    found_gradient, found = step(case, zoo, order)
+    torch.testing.assert_close(found_gradient, gradient[list(order)], rtol=1e-3, atol=1e-5)
+    assert_weights(found, merged, rtol=1e-5, atol=1e-5)
+    (start,) = case.merged(zoo.bank)
+    assert any((merged[key] - start[key]).abs().max() > 1e-4 for key in start)
+
+
+def step(case: Case, zoo: Zoo, order: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """λ's gradient (K, G) and the weights after one step of the configured optimiser on the configured objective."""
+    bank = case.transformed(permuted(zoo.bank, order))
+    objective = hydra.utils.instantiate(case.config.objective)
+    partition, coefficients = case.method.prepare(bank)
+    optimizer = hydra.utils.instantiate(case.config.optimizer)(coefficients.parameters())
+    model = MergedModel(zoo.network, bank, partition)
+    value = coefficients()
+    model.update(value)
+    for task in order:
+        logits = F.normalize(model(torch.cat(zoo.batches[0][task])), dim=-1) @ zoo.heads[task].T
+        objective(logits).mean().backward()
+    gradient = model.coefficient_gradient()
+    value.backward(gradient)
+    optimizer.step()
+    with torch.no_grad():
+        return gradient, merge(bank, coefficients(), partition)
+
+
+@pytest.mark.parametrize("name", sorted(options("objective")))
+def test_an_objective_maps_logits_to_one_loss_per_image(name: str) -> None:
+    objective = hydra.utils.instantiate(compose("adamerging_layerwise", f"objective={name}").config.objective)
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    losses = objective(logits)
+    losses.sum().backward()
+    assert losses.shape == (4,)
+    assert logits.grad is not None
+    assert logits.grad.abs().amax(dim=1).min() > 0
+
+
+@pytest.mark.parametrize("name", sorted(options("optimizer")))
+def test_an_optimizer_moves_its_parameter(name: str) -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    config = compose("adamerging_layerwise", f"optimizer={name}").config
+    optimizer = hydra.utils.instantiate(config.optimizer)([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    assert (parameter < 1).all()

@@ -1,0 +1,42 @@
+"""Fixtures and options that every test shares."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shared", type=Path, default=None, help="folder that holds real8; without it those tests skip")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {
+        "shared": None if config.getoption("--shared") else "needs --shared=DIR",
+        "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
+        "network": "needs a model hub; run with -m network",
+    }
+    chosen = config.getoption("-m")
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker) and marker not in chosen:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def real8(request: pytest.FixtureRequest) -> Path:
+    """The folder of the real suite; use with ``@pytest.mark.shared``."""
+    shared = request.config.getoption("--shared")
+    if shared is None:
+        pytest.skip("needs --shared=DIR")
+    return Path(shared).resolve() / "real8"
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests never touch the user's cache; the session shares one of its own."""
+    monkeypatch.setenv("ADAMERGE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -1,0 +1,35 @@
+"""Two processes learn what one learns."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from command import Run, on
+from safetensors.torch import load_file
+
+from adamerge.tasks.datamodule import UnlabeledImages
+
+
+@pytest.mark.parametrize("size", [8, 7])
+def test_two_processes_equal_one_on_the_same_global_batch(
+    size: int, adamerge_process: Run, toy: Path, tmp_path: Path
+) -> None:
+    options = ["trainer.max_steps=20", "optimizer.lr=0.01", f"data.images_per_batch={size}"]
+    adamerge_process(*options, *on(toy, tmp_path / "one"))
+    adamerge_process(*options, "trainer.devices=2", "trainer.strategy=ddp", *on(toy, tmp_path / "two"))
+    one, two = (load_file(tmp_path / name / "coefficients.safetensors")["coefficients"] for name in ("one", "two"))
+    assert not torch.equal(one, torch.full_like(one, 0.3))
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
+
+
+def test_ranks_see_disjoint_images_that_make_up_the_batch() -> None:
+    images = {"a": torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1)}
+    data = UnlabeledImages(images, {"a": torch.arange(50)}, images_per_batch=7, batches_per_step=2, seed=0)
+    for step in range(5):
+        whole = data.batch(step)
+        parts = [data.batch(step, rank, 2) for rank in range(2)]
+        seen = [set(part["images"]["a"].flatten().tolist()) for part in parts]
+        assert not seen[0] & seen[1]
+        assert seen[0] | seen[1] == set(whole["images"]["a"].flatten().tolist())
+        weight = sum(part["weights"]["a"].sum() for part in parts)
+        torch.testing.assert_close(weight, torch.tensor(2.0))

@@ -1,0 +1,466 @@
+"""The learner under a real Trainer against an independent implementation on the same batches; what it must not do."""
+
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from reference import layerwise, tower
+from torch import Tensor, nn
+from unit.zoo import make_bank
+
+from adamerge.bank import ParameterBank
+from adamerge.errors import TrainingError
+from adamerge.learning.fit import Learned, UserInterruptError, learn
+from adamerge.learning.module import CoefficientLearner
+from adamerge.merging import Coefficients, MergedModel, Partition
+from adamerge.objectives import Entropy
+from adamerge.tasks.datamodule import UnlabeledImages
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning:pytorch_lightning"
+)
+
+TASKS = ("a", "b", "c")
+SIZES = {"a": 30, "b": 30, "c": 6}  # c is smaller than a step's 2 · 4 images: a batch of 4 and one of 2
+PER_BATCH = 4
+make_trainer = partial(
+    pl.Trainer,
+    accelerator="cpu",
+    devices=1,
+    enable_progress_bar=False,
+    enable_model_summary=False,
+    num_sanity_val_steps=0,
+    log_every_n_steps=10,
+)
+adam = partial(torch.optim.Adam, lr=1e-3)
+
+
+class Encoder(nn.Module):
+    """uint8 images (B, 3, 8, 8) → features (B, 12): the reference's tower behind CLIP's kind of normalisation."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.visual = network.visual
+        self.calls = 0
+        self.dtypes: set[torch.dtype] = set()
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        features = self.visual(normalized(images))
+        self.dtypes.add(features.dtype)
+        return features
+
+
+def normalized(images: Tensor) -> Tensor:
+    return images.float() / 64 - 2
+
+
+@dataclass
+class Setting:
+    """A toy problem, and everything of it that a run needs."""
+
+    network: nn.Module = field(default_factory=tower.make_network)
+    experts: list[dict[str, Tensor]] = field(init=False)
+    pretrained: dict[str, Tensor] = field(init=False)
+    bank: ParameterBank = field(init=False)
+    heads: dict[str, Tensor] = field(init=False)
+    images: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.experts = tower.make_experts(self.network, len(TASKS))
+        self.pretrained = dict(tower.state(self.network))
+        self.bank = make_bank(self.pretrained, self.experts)
+        self.heads = dict(zip(TASKS, tower.make_heads(len(TASKS)), strict=True))
+        generator = torch.Generator().manual_seed(5)
+        self.images = {
+            task: torch.randint(256, (size, 3, 8, 8), generator=generator, dtype=torch.uint8)
+            for task, size in SIZES.items()
+        }
+
+    def data(self, images: dict[str, Tensor] | None = None, **options: Any) -> UnlabeledImages:
+        images = images or self.images
+        indices = {task: torch.arange(len(of_task)) for task, of_task in images.items()}
+        options = {"images_per_batch": PER_BATCH, "batches_per_step": 2, "seed": 0} | options
+        return UnlabeledImages(images, indices, **options)
+
+    def reference_batches(self, steps: int) -> list[list[list[Tensor]]]:
+        """``[step][task]``: the image batches that ``data`` deals, cut by its documented order."""
+        found = []
+        for step in range(steps):
+            images = self.data().batch(step)["images"]
+            found.append([list(normalized(images[task]).split(PER_BATCH)) for task in TASKS])
+        return found
+
+
+@dataclass
+class Run:
+    """What one call of Trainer.fit leaves."""
+
+    learner: CoefficientLearner
+    trainer: pl.Trainer
+    encoder: Encoder
+    start: Tensor
+    message: str = ""
+
+    @property
+    def raw(self) -> Tensor:
+        return self.learner.coefficients.raw.detach()
+
+
+@pytest.fixture
+def setting() -> Setting:
+    return Setting()
+
+
+def fit(
+    setting: Setting,
+    steps: int,
+    *,
+    granularity: str = "tensor",
+    constraint: str = "clamp",
+    objective: Callable[[Tensor], Tensor] | None = None,
+    optimizer: Callable[..., torch.optim.Optimizer] = adam,
+    task_weights: dict[str, float] | None = None,
+    fuse_tasks: bool = True,
+    check_every: int = 10,
+    data: UnlabeledImages | None = None,
+    precision: str = "32-true",
+    error: type[Exception] | None = None,
+) -> Run:
+    partition = Partition.build(granularity, setting.bank.shapes)
+    coefficients = Coefficients(len(TASKS), partition.num_groups, init=0.3, constraint=constraint)
+    encoder = Encoder(setting.network)
+    learner = CoefficientLearner(
+        MergedModel(encoder, setting.bank, partition),
+        coefficients,
+        objective or Entropy(),
+        setting.heads,
+        task_weights=dict.fromkeys(TASKS, 1.0) | (task_weights or {}),
+        optimizer=optimizer,
+        max_steps=steps,
+        fuse_tasks=fuse_tasks,
+        check_every=check_every,
+    )
+    trainer = make_trainer(
+        max_steps=steps, limit_train_batches=steps, logger=False, enable_checkpointing=False, precision=precision
+    )
+    run = Run(learner, trainer, encoder, coefficients.raw.detach().clone())
+    if error is None:
+        trainer.fit(learner, datamodule=data or setting.data())
+    else:
+        with pytest.raises(error) as found:
+            trainer.fit(learner, datamodule=data or setting.data())
+        run.message = str(found.value)
+    return run
+
+
+# Against the reference
+
+
+@pytest.mark.parametrize("fuse_tasks", [True, False], ids=["fused", "one after another"])
+@pytest.mark.parametrize("granularity", ["tensor", "task", "block"])
+def test_coefficients_after_20_steps_equal_the_reference(setting: Setting, granularity: str, fuse_tasks: bool) -> None:
+    run = fit(setting, 20, granularity=granularity, fuse_tasks=fuse_tasks)
+    expected = layerwise.learn(
+        setting.network,
+        setting.pretrained,
+        setting.experts,
+        list(setting.heads.values()),
+        setting.reference_batches(20),
+        20,
+        granularity=granularity,
+    )
+    assert run.trainer.global_step == 20
+    assert (expected - 0.3).abs().max() > 0.01
+    torch.testing.assert_close(run.raw, expected, rtol=1e-5, atol=0)
+    assert run.encoder.calls == 20 * (1 if fuse_tasks else len(TASKS))
+
+
+def test_losses_are_the_references_and_history_is_of_the_coefficients_before_each_step(setting: Setting) -> None:
+    steps = 5
+    run = fit(setting, steps)
+    batches = setting.reference_batches(steps)
+    first = layerwise.losses(
+        setting.network,
+        setting.pretrained,
+        setting.experts,
+        list(setting.heads.values()),
+        batches[0],
+        torch.full((3, run.learner.model.partition.num_groups), 0.3),
+    )
+    torch.testing.assert_close(run.learner.losses[0], torch.stack(first), rtol=1e-5, atol=0)
+    assert run.learner.losses.shape == run.learner.mean_coefficients.shape == (steps, len(TASKS))
+    assert run.learner.losses.isfinite().all()
+    torch.testing.assert_close(run.learner.mean_coefficients[0], torch.full((3,), 0.3), rtol=1e-6, atol=0)
+    for done in range(1, steps):
+        before = fit(setting, done).learner.coefficients().detach().mean(dim=1)
+        torch.testing.assert_close(run.learner.mean_coefficients[done], before, rtol=0, atol=0)
+
+
+def test_the_order_in_which_tasks_come_out_of_the_data_does_not_matter(setting: Setting) -> None:
+    reversed_data = setting.data(dict(reversed(setting.images.items())))
+    expected = fit(setting, 3)
+    for fuse_tasks in (False, True):
+        found = fit(setting, 3, data=reversed_data, fuse_tasks=fuse_tasks)
+        torch.testing.assert_close(found.raw, expected.raw, rtol=1e-5, atol=0)
+
+
+# What it trains, and what not
+
+
+def test_only_the_coefficients_train(setting: Setting) -> None:
+    task_vectors = {key: tensor.clone() for key, tensor in setting.bank.task_vectors.items()}
+    run = fit(setting, 3)
+    assert [name for name, _ in run.learner.named_parameters()] == ["coefficients.raw"]
+    assert (run.raw != run.start).all()
+    torch.testing.assert_close(dict(setting.network.state_dict()), setting.pretrained, rtol=0, atol=0)
+    torch.testing.assert_close(dict(setting.bank.pretrained), setting.pretrained, rtol=0, atol=0)
+    torch.testing.assert_close(dict(setting.bank.task_vectors), task_vectors, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in setting.network.parameters())
+
+
+@pytest.mark.parametrize("constraint", ["clamp", "softmax"])
+def test_the_loss_falls(setting: Setting, constraint: str) -> None:
+    run = fit(setting, 60, constraint=constraint, optimizer=partial(torch.optim.Adam, lr=2e-2))
+    totals = run.learner.losses.sum(dim=1)
+    assert totals[-10:].mean() < 0.9 * totals[:10].mean()
+
+
+def gradient(setting: Setting, **options: Any) -> Tensor:
+    """∂loss/∂λ of step 0, by one step of gradient descent at rate 1."""
+    run = fit(setting, 1, constraint="identity", optimizer=partial(torch.optim.SGD, lr=1.0), **options)
+    return run.start - run.raw
+
+
+@pytest.mark.parametrize("fuse_tasks", [True, False])
+def test_task_weights_scale_losses_and_gradients(setting: Setting, fuse_tasks: bool) -> None:
+    weights = {"a": 2.0, "b": 0.0, "c": 0.5}
+    alone = [
+        gradient(setting, task_weights=dict.fromkeys(TASKS, 0.0) | {task: 1.0}, fuse_tasks=fuse_tasks) for task in TASKS
+    ]
+    found = gradient(setting, task_weights=weights, fuse_tasks=fuse_tasks)
+    torch.testing.assert_close(found, 2 * alone[0] + 0.5 * alone[2], rtol=1e-3, atol=1e-6)
+    assert alone[1].abs().max() > 1e-3
+    plain, weighted = fit(setting, 1), fit(setting, 1, task_weights=weights)
+    expected = plain.learner.losses[0] * torch.tensor([2.0, 0.0, 0.5])
+    torch.testing.assert_close(weighted.learner.losses[0], expected, rtol=1e-6, atol=0)
+
+
+def test_two_batches_of_the_same_images_count_twice(setting: Setting) -> None:
+    same = {task: images[:1].expand(16, -1, -1, -1) for task, images in setting.images.items()}
+    one = fit(setting, 1, data=setting.data(same, batches_per_step=1)).learner.losses[0]
+    two = fit(setting, 1, data=setting.data(same, batches_per_step=2)).learner.losses[0]
+    larger = fit(setting, 1, data=setting.data(same, batches_per_step=1, images_per_batch=8)).learner.losses[0]
+    torch.testing.assert_close(two, 2 * one, rtol=1e-5, atol=0)
+    torch.testing.assert_close(larger, one, rtol=1e-5, atol=0)
+    doubled = gradient(setting, data=setting.data(same, batches_per_step=2))
+    torch.testing.assert_close(
+        doubled, 2 * gradient(setting, data=setting.data(same, batches_per_step=1)), rtol=1e-3, atol=1e-6
+    )
+
+
+# Losses that are not finite
+
+
+class FailsAt:
+    """Entropy, but at one call of ``task`` (in order of heads) and ``step`` something else."""
+
+    def __init__(self, step: int, task: int, failure: Callable[[Tensor], Tensor]) -> None:
+        self.call, self.failure, self.calls = step * len(TASKS) + task, failure, 0
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        self.calls += 1
+        loss = Entropy()(logits)
+        return self.failure(loss) if self.calls == self.call + 1 else loss
+
+
+def not_a_number(loss: Tensor) -> Tensor:
+    return loss * torch.nan
+
+
+def infinite(loss: Tensor) -> Tensor:
+    return loss + torch.inf
+
+
+def infinite_slope(loss: Tensor) -> Tensor:
+    return loss + (0 * loss).sqrt()  # finite itself
+
+
+@pytest.mark.parametrize("fuse_tasks", [True, False])
+@pytest.mark.parametrize(
+    ("failure", "what"),
+    [
+        (not_a_number, "the loss of task b is"),
+        (infinite, "the loss of task b is"),
+        (infinite_slope, "the gradient of the coefficients is"),
+    ],
+)
+def test_a_loss_that_is_not_finite_keeps_the_last_good_coefficients(
+    setting: Setting, failure: Callable[[Tensor], Tensor], what: str, fuse_tasks: bool
+) -> None:
+    good = fit(setting, 13, fuse_tasks=fuse_tasks)
+    run = fit(setting, 40, objective=FailsAt(13, 1, failure), fuse_tasks=fuse_tasks, error=TrainingError)
+    assert run.message.startswith(f"{what} not finite at step 13. ")
+    assert torch.equal(run.raw, good.raw)
+    assert run.trainer.global_step == 20  # the host looks every ten steps, not at each
+    assert torch.equal(run.learner.losses[:13], good.learner.losses)
+
+
+def test_a_failure_in_the_last_steps_is_found_at_the_end(setting: Setting) -> None:
+    run = fit(setting, 4, objective=FailsAt(3, 2, not_a_number), error=TrainingError)
+    assert "the loss of task c is not finite at step 3" in run.message
+    assert torch.equal(run.raw, fit(setting, 3).raw)
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("fuse_tasks", [True, False])
+def test_bf16_mixed_is_near_float32(setting: Setting, fuse_tasks: bool) -> None:
+    wide, mixed = (
+        fit(setting, 10, fuse_tasks=fuse_tasks),
+        fit(setting, 10, fuse_tasks=fuse_tasks, precision="bf16-mixed"),
+    )
+    assert wide.encoder.dtypes == {torch.float32}
+    assert mixed.encoder.dtypes == {torch.bfloat16}
+    assert mixed.raw.dtype == torch.float32
+    # Two decimal digits of the features, times a logit scale of 10: losses to 3 %, and most of λ's way is the same.
+    torch.testing.assert_close(mixed.learner.losses, wide.learner.losses, rtol=0.03, atol=0.01)
+    assert (mixed.raw - wide.raw).abs().mean() < 0.2 * (wide.raw - wide.start).abs().mean()
+    assert not torch.equal(mixed.raw, wide.raw)
+
+
+# learn(): checkpoints and going on
+
+
+@pytest.fixture
+def _sigint() -> Iterator[None]:
+    """Lightning leaves Ctrl-C ignored after it was pressed."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def learn_in(
+    folder: Path, setting: Setting, steps: int, objective: Callable[[Tensor], Tensor] | None = None
+) -> Learned:
+    partition = Partition.build("tensor", setting.bank.shapes)
+    return learn(
+        MergedModel(Encoder(setting.network), setting.bank, partition),
+        Coefficients(len(TASKS), partition.num_groups, init=0.3, constraint="clamp"),
+        objective or Entropy(),
+        setting.data(),
+        setting.heads,
+        run_dir=folder,
+        make_trainer=partial(make_trainer, max_steps=steps, limit_train_batches=steps),
+        optimizer=adam,
+        task_weights=dict.fromkeys(TASKS, 1.0),
+        fuse_tasks=True,
+        resume=True,
+    )
+
+
+class Stop(Exception):  # noqa: N818
+    """Ends a run as abruptly as a test can within its process."""
+
+
+class StopsAt(FailsAt):
+    def __init__(self, step: int, error: type[BaseException] = Stop) -> None:
+        def stop(loss: Tensor) -> Tensor:
+            raise error("stopped by the test")
+
+        super().__init__(step, 0, stop)
+
+
+def test_a_resumed_run_continues_bit_by_bit(setting: Setting, tmp_path: Path) -> None:
+    unbroken = learn_in(tmp_path / "unbroken", setting, 25)
+    with pytest.raises(Stop):
+        learn_in(tmp_path / "broken", setting, 25, StopsAt(17))
+    with pytest.raises(Stop):
+        learn_in(tmp_path / "broken", setting, 25, StopsAt(13))  # 10 + 13: past the next checkpoint
+    counting = FailsAt(-1, 0, not_a_number)
+    resumed = learn_in(tmp_path / "broken", setting, 25, counting)
+    assert counting.calls == 5 * len(TASKS)
+    assert resumed.steps == unbroken.steps == 25
+    assert torch.equal(resumed.coefficients, unbroken.coefficients)
+    assert torch.equal(resumed.losses, unbroken.losses)
+    assert torch.equal(resumed.mean_coefficients, unbroken.mean_coefficients)
+
+
+def test_a_finished_run_is_not_run_again(setting: Setting, tmp_path: Path) -> None:
+    done = learn_in(tmp_path, setting, 10)
+    counting = FailsAt(-1, 0, not_a_number)
+    again = learn_in(tmp_path, setting, 10, counting)
+    assert counting.calls == 0
+    assert torch.equal(again.coefficients, done.coefficients)
+    assert torch.equal(again.losses, done.losses)
+
+
+def test_a_checkpoint_has_no_model_weights(setting: Setting, tmp_path: Path) -> None:
+    learn_in(tmp_path, setting, 10)
+    assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert set(checkpoint["state_dict"]) == {"coefficients.raw", "losses", "mean_coefficients", "failed_step"}
+    assert checkpoint["global_step"] == 10
+
+    def tensors(value: Any) -> Iterator[Tensor]:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple)):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from tensors(item)
+
+    shapes = {tuple(tensor.shape) for tensor in tensors(checkpoint)}
+    assert shapes == {(3, len(setting.bank.pretrained)), (10, 3), ()}  # raw and Adam's moments, history, counters
+
+
+def test_no_steps_leave_the_start(setting: Setting, tmp_path: Path) -> None:
+    learned = learn_in(tmp_path, setting, 0)
+    assert learned.steps == 0
+    assert learned.losses.shape == (0, 3)
+    assert torch.equal(learned.coefficients, torch.full_like(learned.coefficients, 0.3))
+
+
+@pytest.mark.usefixtures("_sigint")
+def test_ctrl_c_names_the_step_and_keeps_the_last_checkpoint(setting: Setting, tmp_path: Path) -> None:
+    with pytest.raises(UserInterruptError, match="stopped by the user at step 12"):
+        learn_in(tmp_path, setting, 25, StopsAt(12, KeyboardInterrupt))
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 10
+    assert torch.equal(
+        learn_in(tmp_path, setting, 25).coefficients, learn_in(tmp_path / "other", setting, 25).coefficients
+    )
+
+
+def test_a_failed_run_leaves_a_checkpoint_from_before_the_failure(setting: Setting, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="task c is not finite at step 14"):
+        learn_in(tmp_path, setting, 25, FailsAt(14, 2, not_a_number))
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 10
+    assert checkpoint["state_dict"]["failed_step"] == -1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 TiB")],
+    ids=["device", "cpu"],
+)
+def test_running_out_of_memory_says_what_helps(setting: Setting, tmp_path: Path, error: Exception) -> None:
+    def objective(logits: Tensor) -> Tensor:
+        raise error
+
+    with pytest.raises(TrainingError, match=r"data\.fuse_tasks=false.*images_per_batch.*bf16-mixed"):
+        learn_in(tmp_path, setting, 2, objective)
+
+
+def test_other_errors_keep_their_type(setting: Setting, tmp_path: Path) -> None:
+    def objective(logits: Tensor) -> Tensor:
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        learn_in(tmp_path, setting, 2, objective)

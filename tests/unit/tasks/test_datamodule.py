@@ -1,0 +1,296 @@
+"""Which images a step sees: a pure function of seed, task and step."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from math import ceil
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from adamerge.errors import ConfigError, DataError
+from adamerge.tasks.datamodule import UnlabeledImages, generator_for, split_indices
+
+SIZES = {"a": 100, "b": 40, "c": 90}
+
+
+def numbered(count: int) -> Tensor:
+    """Images whose first pixels hold their index, (N, 3, 1, 1)."""
+    index = torch.arange(count)
+    return torch.stack([index // 256, index % 256, torch.zeros_like(index)], dim=1).to(torch.uint8)[:, :, None, None]
+
+
+def numbers(images: Tensor) -> list[int]:
+    flat = images.flatten(1).long()
+    return (256 * flat[:, 0] + flat[:, 1]).tolist()
+
+
+def make(
+    sizes: dict[str, int] = SIZES,
+    *,
+    images_per_batch: int = 16,
+    batches_per_step: int = 2,
+    seed: int = 0,
+    indices: dict[str, Tensor] | None = None,
+) -> UnlabeledImages:
+    return UnlabeledImages(
+        {task: numbered(size) for task, size in sizes.items()},
+        indices or {task: torch.arange(size) for task, size in sizes.items()},
+        images_per_batch=images_per_batch,
+        batches_per_step=batches_per_step,
+        seed=seed,
+    )
+
+
+def drawn(module: UnlabeledImages, task: str, step: int) -> list[list[int]]:
+    return [batch.tolist() for batch in module.draw(task, step)]
+
+
+# What a step depends on
+
+
+def test_other_instances_orders_and_subsets_of_tasks_see_the_same() -> None:
+    full, again = make(), make(dict(reversed(SIZES.items())))
+    alone = make({"b": SIZES["b"]})
+    for step in (7, 0, 3, 7):  # in any order
+        assert drawn(full, "b", step) == drawn(again, "b", step) == drawn(alone, "b", step)
+        assert numbers(full.batch(step)["images"]["c"]) == numbers(again.batch(step)["images"]["c"])
+
+
+def test_the_state_of_torchs_generator_neither_matters_nor_changes() -> None:
+    torch.manual_seed(1)
+    first, state = drawn(make(), "a", 2), torch.get_rng_state()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert drawn(make(), "a", 2) == first
+
+
+def test_steps_tasks_and_seeds_differ() -> None:
+    sizes = dict.fromkeys("ab", 100)
+    seen = {str(drawn(make(sizes, seed=seed), task, step)) for seed in range(3) for task in sizes for step in range(20)}
+    assert len(seen) == 3 * 2 * 20
+
+
+def test_a_generators_seed_is_the_same_in_every_process() -> None:
+    # SHA-256 of "('step', 0, 'a', 1)", first seven bytes. Another number would break every interrupted run.
+    assert generator_for("step", 0, "a", 1).initial_seed() == 47966418004309129
+
+
+# What a step holds
+
+
+def test_batches_of_a_step_are_disjoint_and_steps_repeat_images() -> None:
+    module = make()
+    seen: set[int] = set()
+    repeated = False
+    for step in range(20):
+        batches = drawn(module, "b", step)
+        assert [len(batch) for batch in batches] == [16, 16]
+        images = [index for batch in batches for index in batch]
+        assert len(set(images)) == 32
+        repeated |= bool(seen & set(images))
+        seen |= set(images)
+    assert repeated
+    assert seen == set(range(SIZES["b"]))
+
+
+@given(
+    size=st.integers(1, 40),
+    images_per_batch=st.integers(1, 20),
+    batches_per_step=st.integers(1, 3),
+    step=st.integers(0, 99),
+)
+def test_fewer_images_than_a_step_takes_are_all_used(
+    size: int, images_per_batch: int, batches_per_step: int, step: int
+) -> None:
+    module = make({"t": size}, images_per_batch=images_per_batch, batches_per_step=batches_per_step)
+    batches = drawn(module, "t", step)
+    wanted = min(size, images_per_batch * batches_per_step)
+    assert len({index for batch in batches for index in batch}) == sum(map(len, batches)) == wanted
+    assert len(batches) == ceil(wanted / images_per_batch)
+    assert all(len(batch) == images_per_batch for batch in batches[:-1])
+
+
+def test_only_usable_images_are_drawn() -> None:
+    usable = torch.arange(1, SIZES["a"], 3)
+    module = make({"a": SIZES["a"]}, indices={"a": usable})
+    seen = {index for step in range(30) for batch in drawn(module, "a", step) for index in batch}
+    assert seen == set(usable.tolist())
+
+
+def test_a_batch_holds_the_images_and_the_weights_of_means() -> None:
+    batch = make({"a": 100, "b": 20}).batch(3)
+    assert list(batch["images"]) == list(batch["weights"]) == ["a", "b"]
+    assert batch["images"]["a"].dtype == torch.uint8
+    first, second = make().draw("a", 3)
+    assert numbers(batch["images"]["a"]) == [*first.tolist(), *second.tolist()]
+    assert batch["weights"]["a"].tolist() == [1 / 16] * 32
+    assert batch["weights"]["b"].tolist() == [1 / 16] * 16 + [1 / 4] * 4  # 20 images: 16 and 4
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    images_per_batch=st.integers(1, 9),
+    batches_per_step=st.integers(1, 3),
+    world_size=st.integers(1, 5),
+    step=st.integers(0, 99),
+)
+def test_ranks_are_disjoint_and_cover_every_batch(
+    sizes: list[int], images_per_batch: int, batches_per_step: int, world_size: int, step: int
+) -> None:
+    tasks = dict(zip("abc", sizes, strict=False))
+    module = make(tasks, images_per_batch=images_per_batch, batches_per_step=batches_per_step)
+    whole = module.batch(step)
+    shards = [module.batch(step, rank, world_size) for rank in range(world_size)]
+    for task in tasks:
+        batches = module.draw(task, step)
+        by_rank = [numbers(shard["images"][task]) for shard in shards]
+        assert sorted(index for part in by_rank for index in part) == sorted(numbers(whole["images"][task]))
+        weights = {}
+        for part, shard in zip(by_rank, shards, strict=True):
+            assert len(part) == len(shard["weights"][task])
+            weights |= dict(zip(part, shard["weights"][task].tolist(), strict=True))
+        assert weights == dict(zip(numbers(whole["images"][task]), whole["weights"][task].tolist(), strict=True))
+        assert sum(weights.values()) == pytest.approx(len(batches))
+        sizes_by_rank = [len(part) for part in by_rank]
+        assert max(sizes_by_rank) - min(sizes_by_rank) <= len(batches)
+
+
+@pytest.mark.parametrize("option", ["images_per_batch", "batches_per_step"])
+def test_counts_below_one_are_refused(option: str) -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        make(**{option: 0})
+
+
+# Under a Trainer
+
+
+class Recorder(pl.LightningModule):
+    """Notes the images of every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.raw = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[list[int]] = []
+
+    def training_step(self, batch: dict, batch_idx: int) -> None:
+        self.seen.append(numbers(batch["images"]["a"]))
+        self.optimizers().step()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning:pytorch_lightning")
+def test_a_trainer_gets_the_steps_in_order() -> None:
+    recorder, module = Recorder(), make({"a": 100})
+    trainer = pl.Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_train_batches=4,
+    )
+    trainer.fit(recorder, datamodule=module)
+    assert recorder.seen == [numbers(module.batch(step)["images"]["a"]) for step in range(4)]
+
+
+def test_batches_without_a_trainer_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"UnlabeledImages\.batch\(step\)"):
+        next(iter(make().train_dataloader()))
+
+
+# Splits
+
+
+def split(count: int, task: str = "t", **options: object) -> tuple[list[int], list[int]]:
+    options = {"adapt": "all", "split_seed": 0, "fraction": 1.0} | options
+    learn, score = split_indices(count, task, **options)  # type: ignore[arg-type]
+    return learn.tolist(), score.tolist()
+
+
+@given(count=st.integers(2, 200), split_seed=st.integers(0, 9))
+def test_halves_are_disjoint_and_cover(count: int, split_seed: int) -> None:
+    learn, score = split(count, adapt="half", split_seed=split_seed)
+    assert sorted(learn + score) == list(range(count))
+    assert len(learn) - len(score) in (0, 1)
+    assert learn == sorted(learn)
+    assert score == sorted(score)
+    assert split(count, adapt="half", split_seed=split_seed) == (learn, score)
+
+
+@given(count=st.integers(1, 200))
+def test_all_is_all(count: int) -> None:
+    assert split(count) == (list(range(count)), list(range(count)))
+
+
+def test_halves_differ_by_split_seed_and_task_and_not_by_anything_else() -> None:
+    first = split(100, adapt="half")
+    assert first != split(100, adapt="half", split_seed=1)
+    assert first != split(100, adapt="half", task="u")
+    torch.manual_seed(5)
+    assert first == split(100, adapt="half")
+    assert first[1] == split(100, adapt="half", fraction=0.1)[1]
+
+
+def test_halves_look_random() -> None:
+    learn, _ = split(1000, adapt="half")
+    assert 200 < sum(index < 500 for index in learn) < 300
+
+
+FRACTIONS = ["0.001", "0.01", "0.05", "0.07", "0.1", "0.14", "0.28", "0.5", "0.55", "0.57", "1"]
+
+
+@given(count=st.integers(2, 3000), fraction=st.sampled_from(FRACTIONS), adapt=st.sampled_from(["all", "half"]))
+def test_a_fraction_keeps_its_ceiling(count: int, fraction: str, adapt: str) -> None:
+    full, score = split(count, adapt=adapt)
+    learn, score_too = split(count, adapt=adapt, fraction=float(fraction))
+    assert len(learn) == ceil(Fraction(fraction) * len(full))
+    assert set(learn) <= set(full)
+    assert score_too == score
+
+
+def test_a_fraction_of_a_hundred_is_a_percentage() -> None:
+    # 0.07 · 100 is a little above 7 in binary; seven per cent of a hundred images are seven.
+    assert len(split(100, fraction=0.07)[0]) == 7
+
+
+def test_a_larger_fraction_keeps_what_a_smaller_one_kept() -> None:
+    assert set(split(1000, fraction=0.01)[0]) < set(split(1000, fraction=0.05)[0])
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.01])
+def test_a_fraction_out_of_range_is_refused(fraction: float) -> None:
+    with pytest.raises(ConfigError, match=r"data\.fraction lies in \(0, 1\], found"):
+        split(10, fraction=fraction)
+
+
+def test_another_word_than_all_and_half_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.adapt is 'all' or 'half', found 'third'"):
+        split(10, adapt="third")
+
+
+def test_a_single_image_cannot_be_halved() -> None:
+    with pytest.raises(DataError, match=r"task 't' has too few images \(1\).*data\.adapt=all"):
+        split(1, adapt="half")
+
+
+# The generator
+
+
+@pytest.mark.parametrize(
+    ("left", "right"), [(("a", 1, 2), ("a", 2, 1)), (("a", 12), ("a", 1, 2)), (("a1", 2), ("a", 12)), ((1,), ("1",))]
+)
+def test_generators_of_different_parts_differ(left: Sequence[object], right: Sequence[object]) -> None:
+    def draw(parts: Sequence[object]) -> list[int]:
+        return torch.randint(1 << 40, (4,), generator=generator_for(*parts)).tolist()
+
+    assert draw(left) == draw(left)
+    assert draw(left) != draw(right)
