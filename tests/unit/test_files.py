@@ -11,6 +11,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,15 +40,20 @@ def readonly() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture
+@contextmanager
 def little_room() -> Iterator[None]:
-    """No file may grow above 1000 bytes; the write that tries fails as it does on a full disk."""
+    """No file may grow above 1000 bytes; the write that tries fails as it does on a full disk.
+
+    Around the one write and not around the test: the limit holds for pytest's own output too.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def names(folder: Path) -> list[str]:
@@ -121,19 +127,21 @@ def test_a_folder_in_the_way_of_a_file_is_an_output_error(tmp_path: Path) -> Non
     assert names(tmp_path) == ["a"]
 
 
-@pytest.mark.usefixtures("little_room")
 def test_no_room_for_a_file_is_an_output_error(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    with pytest.raises(OutputError, match=r"cannot write .*a\.txt: .*Free some room"):
+    with pytest.raises(OutputError, match=r"cannot write .*a\.txt: .*Free some room"), little_room():
         write_text(path, "x" * 5000)
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
 
 
-@pytest.mark.usefixtures("little_room")
 def test_no_room_in_a_folder_is_an_output_error(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"Free some room"), atomic_directory(tmp_path / "folder") as temporary:
+    with (
+        pytest.raises(OutputError, match=r"Free some room"),
+        little_room(),
+        atomic_directory(tmp_path / "folder") as temporary,
+    ):
         (temporary / "a").write_text("x" * 5000)
     assert names(tmp_path) == []
 
