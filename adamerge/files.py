@@ -66,6 +66,24 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(retired, ignore_errors=True)
 
 
+@contextmanager
+def scratch_file(folder: Path) -> Iterator[Path]:
+    """Yield the path of a new file in ``folder``, which is removed at the end; whoever mapped it keeps its content.
+
+    Raises:
+        OutputError: If the folder cannot be made or written.
+    """
+    with _as_output_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder)
+        os.close(handle)
+    try:
+        with _as_output_error(folder):
+            yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` (UTF-8) to ``path`` atomically."""
     with atomic_file(path) as temporary:

@@ -50,6 +50,7 @@ class Recipe:
     batch_size: int = 128
     lr: float = 1e-3
     weight_decay: float = 0.1
+    scale: float = 14.3  # logit scale to start from
     jitter: float = 0.15  # noise on the image tower's weights while pretraining, of their own size
     expert_images: int = 8000
     expert_epochs: int = 4
@@ -128,6 +129,8 @@ def pretrain(model: nn.Module, images: NDArray[np.uint8], captions: list[str], s
     unique, index = np.unique(captions, return_inverse=True)
     tokens = open_clip.get_tokenizer(ARCHITECTURE.stem)(unique.tolist())
     pixels, texts = torch.from_numpy(images), torch.from_numpy(index)
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(RECIPE.scale))
     optimizer = torch.optim.AdamW(decayed(model, RECIPE.weight_decay), betas=(0.9, 0.98), fused=True)
     model.train()
     for step, rows in enumerate(batches(len(pixels), RECIPE.batch_size, RECIPE.steps, seed)):

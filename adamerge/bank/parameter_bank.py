@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adamerge.bank.checkpoints import hash_tensors, read_checkpoint
 from adamerge.bank.keys import TOWER
+from adamerge.bank.storage import StoredTaskVectors
 from adamerge.errors import CheckpointError, ConfigError, KeyMismatchError, shortlist
 
 Expert = Path | Mapping[str, Tensor]
@@ -40,6 +41,8 @@ class ParameterBank:
         *,
         strict_dtype: bool = True,
         dtype: torch.dtype = torch.float32,
+        stored: torch.dtype | None = None,
+        file: Path | None = None,
     ) -> "ParameterBank":
         """Read the experts one at a time; never hold more than one beside the bank.
 
@@ -49,6 +52,8 @@ class ParameterBank:
             keys: What to merge.
             strict_dtype: Whether an expert must be stored in the pretrained model's dtypes.
             dtype: In which the bank computes.
+            stored: In which τ is kept: ``dtype`` itself by default, or bfloat16, float16, int8 (a scale per row).
+            file: Kept there instead, and mapped into memory: a new file, which may be deleted once the bank exists.
 
         Raises:
             KeyMismatchError: If experts differ from the pretrained model in keys, shapes, dtypes or text tower;
@@ -61,7 +66,8 @@ class ParameterBank:
         if bad := [key for key in keys if not pretrained[key].isfinite().all()]:
             raise CheckpointError(f"the pretrained model holds NaN or Inf in {shortlist(bad)}. Use another checkpoint.")
         base = {key: pretrained[key].detach().to(dtype, copy=True).contiguous() for key in keys}
-        task_vectors: dict[str, Tensor] = {}
+        shapes = {key: tensor.shape for key, tensor in base.items()}
+        task_vectors = StoredTaskVectors.empty(shapes, len(experts), stored or dtype, dtype, file)
         mismatches: list[str] = []
         unusable: list[str] = []
         for index, (task, source) in enumerate(experts.items()):
@@ -81,9 +87,7 @@ class ParameterBank:
             if mismatches or unusable:
                 continue
             for key in keys:
-                if key not in task_vectors:
-                    task_vectors[key] = torch.empty((len(experts), *base[key].shape), dtype=dtype)
-                torch.sub(expert[key].detach().to(dtype), base[key], out=task_vectors[key][index])
+                task_vectors.store(key, index, expert[key].detach().to(dtype) - base[key])
             del expert
         if mismatches:
             raise KeyMismatchError("\n".join([*mismatches, *unusable]))
@@ -115,8 +119,10 @@ class ParameterBank:
         if all(tensor.device == torch.device(device) for tensor in self.pretrained.values()):
             return self
         pretrained = {key: tensor.to(device) for key, tensor in self.pretrained.items()}
-        task_vectors = {key: tensor.to(device) for key, tensor in self.task_vectors.items()}
-        return replace(self, pretrained=pretrained, task_vectors=task_vectors)
+        source = self.task_vectors
+        if isinstance(source, StoredTaskVectors):
+            return replace(self, pretrained=pretrained, task_vectors=source.to(device))
+        return replace(self, pretrained=pretrained, task_vectors={key: t.to(device) for key, t in source.items()})
 
     def transformed(self, apply: ApplyTransform, *, in_place: bool = False) -> "ParameterBank":
         """The bank with transformed task vectors, computed tensor by tensor whenever one is read.
@@ -130,7 +136,11 @@ class ParameterBank:
         if isinstance(self.task_vectors, _Transformed):
             return replace(self, task_vectors={key: apply(key, tensor) for key, tensor in self.task_vectors.items()})
         for key, task_vectors in self.task_vectors.items():
-            task_vectors.copy_(apply(key, task_vectors))
+            transformed = apply(key, task_vectors)
+            if isinstance(self.task_vectors, StoredTaskVectors):
+                self.task_vectors.store(key, slice(None), transformed)
+            else:
+                task_vectors.copy_(transformed)
         return self
 
 

@@ -34,6 +34,8 @@ def evaluate_checkpoint(config: DictConfig, console: Console) -> Accuracies:
         include=config.model.include,
         exclude=config.model.exclude,
         strict_dtype=config.bank.strict_dtype,
+        dtype=config.bank.dtype,
+        device=config.bank.device,
         adapt=config.data.adapt,
         split_seed=config.data.split_seed,
         fraction=config.data.fraction,

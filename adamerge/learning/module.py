@@ -81,7 +81,7 @@ class CoefficientLearner(pl.LightningModule):
         step = self.trainer.global_step
         optimizer = self.optimizers()
         coefficients = self.coefficients()
-        self.model.update(coefficients)
+        self.model.update(coefficients, single_backward=self._fuse_tasks)
         losses = self._backward(batch)
         gradient = self.model.coefficient_gradient()
         losses, gradient = self._sum_over_ranks(losses, gradient)

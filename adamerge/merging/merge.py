@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adamerge.bank import ParameterBank
+from adamerge.bank.storage import runs_of_rows
 from adamerge.errors import ShapeError, shortlist
+from adamerge.merging.kernels import add_task_vectors, contract_task_vectors
 from adamerge.merging.partition import Partition
 
 
@@ -41,11 +43,10 @@ def merge_into(
     """``merge`` without a graph, into tensors that exist already."""
     weights = coefficients.detach()
     for key, base in bank.pretrained.items():
-        flat, task_vectors = base.reshape(-1), bank.task_vectors[key].reshape(bank.num_tasks, -1)  # (n,), (K, n)
-        target = out[key].view(-1)
-        columns = weights.to(task_vectors)
+        flat, target, columns = base.reshape(-1), out[key].view(-1), weights.to(base)
         for start, stop, group in partition.segments[key]:
-            torch.addmv(flat[start:stop], task_vectors[:, start:stop].t(), columns[:, group], out=target[start:stop])
+            for run, rows in runs_of_rows(bank.task_vectors, key, start, stop):
+                add_task_vectors(target[run], flat[run], rows, columns[:, group])
     return out
 
 
@@ -59,25 +60,42 @@ def contract(bank: ParameterBank, gradients: Mapping[str, Tensor | None], partit
         partition: G groups.
 
     Returns:
-        (K, G), in the bank's dtype. Products are added up in float64 (float32 on devices without): λ's gradient is a
-        sum over up to millions of terms that nearly cancel.
+        (K, G), in the bank's dtype, added up in float64.
     """
-    reference = next(iter(bank.pretrained.values()))
-    wide = torch.float32 if reference.device.type == "mps" else torch.float64
-    # A run's float64 copy should stay in a CPU core's cache; elsewhere a launch should be worth its while.
-    run = max(1, (1 << 15 if reference.device.type == "cpu" else 1 << 24) // bank.num_tasks)
-    total = torch.zeros(partition.num_groups, bank.num_tasks, dtype=wide, device=reference.device)
+    contraction = Contraction(bank, partition)
     for key in bank.pretrained:
-        gradient = gradients.get(key)
-        if gradient is None:
-            continue
-        task_vectors = bank.task_vectors[key].reshape(bank.num_tasks, -1)  # (K, n)
+        if (gradient := gradients.get(key)) is not None:
+            contraction.add(key, gradient)
+    return contraction.result()
+
+
+class Contraction:
+    """``contract``, one tensor at a time, so that a gradient can be freed as soon as it has been used.
+
+    Args:
+        bank: K tasks.
+        partition: G groups.
+    """
+
+    def __init__(self, bank: ParameterBank, partition: Partition) -> None:
+        self._bank, self._partition = bank, partition
+        self._total: list[Tensor | None] = [None] * partition.num_groups  # (K,) each
+
+    @torch.no_grad()
+    def add(self, key: str, gradient: Tensor) -> None:
+        """Take one tensor's ∂L/∂θ, of its shape."""
         flat = gradient.reshape(-1)
-        for start, stop, group in partition.segments[key]:
-            for first in range(start, stop, run):
-                part = slice(first, min(first + run, stop))
-                total[group].addmv_(task_vectors[:, part].to(wide), flat[part].to(wide))
-    return total.t().to(reference.dtype).contiguous()
+        for start, stop, group in self._partition.segments[key]:
+            for run, rows in runs_of_rows(self._bank.task_vectors, key, start, stop):
+                part, before = contract_task_vectors(rows, flat[run]), self._total[group]
+                self._total[group] = part if before is None else before + part
+
+    def result(self) -> Tensor:
+        """The sum over what was added, (K, G)."""
+        reference = next(iter(self._bank.pretrained.values()))
+        nothing = torch.zeros(self._bank.num_tasks, dtype=reference.dtype, device=reference.device)
+        parts = [nothing if part is None else part.to(reference.dtype) for part in self._total]
+        return torch.stack(parts, dim=1)
 
 
 def check_coefficients(bank: ParameterBank, coefficients: Tensor, partition: Partition) -> None:

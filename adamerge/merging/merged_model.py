@@ -1,12 +1,14 @@
 """A frozen network called with merged weights."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from adamerge.bank import ParameterBank
 from adamerge.errors import KeyMismatchError, shortlist
-from adamerge.merging.merge import check_coefficients, contract, merge_into
+from adamerge.merging.merge import Contraction, check_coefficients, contract, merge_into
 from adamerge.merging.partition import Partition
 
 
@@ -14,7 +16,8 @@ class MergedModel:
     """``network`` with ``merge(bank, λ, partition)`` in place of its own weights.
 
     The merged tensors are separate leaves that live as long as this object: any number of backward passes add up in
-    their gradients, and one contraction turns the sum into ∂L/∂λ. Not an ``nn.Module``, so that neither the
+    their gradients, and one contraction turns the sum into ∂L/∂λ. Where there is a single backward pass, each gradient
+    is contracted and freed as soon as it exists. Not an ``nn.Module``, so that neither the
     bank nor the network is ever broadcast or checkpointed with the coefficients.
 
     Args:
@@ -36,6 +39,7 @@ class MergedModel:
         self.bank = bank
         self.partition = partition
         self._leaves: dict[str, Tensor] = {}
+        self._contraction: Contraction | None = None
 
     def to(self, device: torch.device | str) -> "MergedModel":
         """Move network and bank; the merged weights are made anew by the next ``update``."""
@@ -46,11 +50,21 @@ class MergedModel:
 
     @torch.inference_mode(False)  # leaves that are made in inference mode could never be trained
     @torch.no_grad()
-    def update(self, coefficients: Tensor) -> None:
-        """Merge with λ (K, G) and forget all gradients."""
+    def update(self, coefficients: Tensor, *, single_backward: bool = False) -> None:
+        """Merge with λ (K, G) and forget all gradients.
+
+        Args:
+            coefficients: λ, (K, G).
+            single_backward: Promises at most one backward pass until the next update: no gradient is then kept longer
+                than its contraction takes.
+        """
         check_coefficients(self.bank, coefficients, self.partition)
+        self._contraction = Contraction(self.bank, self.partition) if single_backward else None
         if not self._leaves:
-            self._leaves = {key: torch.empty_like(base) for key, base in self.bank.pretrained.items()}
+            for key, base in self.bank.pretrained.items():
+                leaf = torch.empty_like(base).requires_grad_()
+                leaf.register_post_accumulate_grad_hook(partial(self._arrived, key))
+                self._leaves[key] = leaf
         for leaf in self._leaves.values():
             leaf.requires_grad_(False).grad = None
         merge_into(self._leaves, self.bank, coefficients, self.partition)
@@ -69,7 +83,15 @@ class MergedModel:
 
     def coefficient_gradient(self) -> Tensor:
         """∂L/∂λ, (K, G), of all losses that were back-propagated since the last ``update``."""
+        if self._contraction is not None:
+            return self._contraction.result()
         return contract(self.bank, {key: leaf.grad for key, leaf in self._leaves.items()}, self.partition)
+
+    def _arrived(self, key: str, leaf: Tensor) -> None:
+        """A gradient has been added to a leaf."""
+        if self._contraction is not None and leaf.grad is not None:
+            self._contraction.add(key, leaf.grad)
+            leaf.grad = None
 
     def weights(self) -> dict[str, Tensor]:
         """The merged tensors, detached."""

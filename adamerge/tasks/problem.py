@@ -1,6 +1,7 @@
 """Everything a merge needs, loaded and checked before any work starts."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,7 +9,9 @@ from typing import Literal
 from torch import Tensor
 
 from adamerge.bank import ParameterBank, select_keys
+from adamerge.bank.storage import dtype_named
 from adamerge.errors import ConfigError, DataError
+from adamerge.files import scratch_file
 from adamerge.models.heads import zero_shot_heads
 from adamerge.models.open_clip import load_clip
 from adamerge.models.protocol import ClipModel
@@ -71,6 +74,8 @@ def load_problem(
     include: Sequence[str],
     exclude: Sequence[str],
     strict_dtype: bool,
+    dtype: str,
+    device: str,
     adapt: Literal["all", "half"],
     split_seed: int,
     fraction: float,
@@ -83,6 +88,8 @@ def load_problem(
         include: Shell patterns of keys to merge; all mergeable keys when empty.
         exclude: Shell patterns of keys not to merge.
         strict_dtype: As ``ParameterBank.from_experts`` takes it.
+        dtype: Of τ at rest, as ``dtype_named`` takes it.
+        device: ``auto``: τ goes where learning runs; ``disk``: it stays in a file that is mapped into memory.
         adapt: As ``split_indices`` takes it; halves are drawn where a task adapts on the split that is scored.
         split_seed: Of the halves and the fraction.
         fraction: Of the images to adapt on.
@@ -90,11 +97,20 @@ def load_problem(
     Raises:
         AdamergeError: A child of it for everything that is wrong with the files, in one message each.
     """
+    stored = dtype_named(dtype)
+    if device not in ("auto", "disk"):
+        raise ConfigError(f"bank.device is 'auto' or 'disk', found '{device}'.")
     clip = load_clip(suite.model, root=suite.root)
     keys = select_keys(clip.merge_keys, include=include, exclude=exclude)
-    bank = ParameterBank.from_experts(
-        clip.state_dict, {task.name: Path(task.expert) for task in suite.tasks}, keys, strict_dtype=strict_dtype
-    )
+    with nullcontext() if device == "auto" else scratch_file(cache_dir / "bank") as file:
+        bank = ParameterBank.from_experts(
+            clip.state_dict,
+            {task.name: Path(task.expert) for task in suite.tasks},
+            keys,
+            strict_dtype=strict_dtype,
+            stored=stored,
+            file=file,
+        )
     unlabeled, scored, adapt_indices, score_indices, class_names = {}, {}, {}, {}, {}
     for task in suite.tasks:
         name = task.name

@@ -97,6 +97,23 @@ def magnitudes(zoo: Zoo, coefficients: Tensor, partition: Partition) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_gradients_freed_as_they_arrive_contract_to_the_same(zoo: Zoo, granularity: str) -> None:
+    partition = Partition.build(granularity, zoo.bank.shapes)
+    coefficients = raw_values("random", (3, partition.num_groups), torch.float32)
+    found, alive = {}, {}
+    for single in (False, True):
+        model = MergedModel(zoo.network, zoo.bank, partition)
+        for _ in range(2):  # the second time into leaves that exist
+            model.update(coefficients, single_backward=single)
+            entropy_loss(model, zoo).backward()
+        found[single] = model.coefficient_gradient()
+        alive[single] = [leaf.grad is not None for leaf in model._leaves.values()]
+    torch.testing.assert_close(found[True], found[False], rtol=1e-6, atol=0)
+    assert all(alive[False])
+    assert not any(alive[True])
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "task", "block"])
 def test_coefficients_after_20_steps_equal_the_reference_in_float32(zoo: Zoo, granularity: str) -> None:
     partition = Partition.build(granularity, zoo.bank.shapes)

@@ -1,0 +1,99 @@
+"""Both passes over τ: generated loops against torch's own operations."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from adamerge.bank.storage import DTYPES, Rows
+from adamerge.merging import kernels
+from adamerge.merging.kernels import add_task_vectors, can_generate, contract_task_vectors
+
+SHAPES = [(11, 7, 200), (3, 40, 96)]
+"""(K, R, C): eight tasks and three go through one loop each."""
+
+
+@pytest.fixture(params=["generated", "eager"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways for tensors of any size."""
+    if request.param == "eager":
+        monkeypatch.setattr(kernels, "can_generate", lambda: False)
+    elif not can_generate():
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(kernels, "_BLOCK", 200)
+    return request.param
+
+
+def make_rows(dtype: str, shape: tuple[int, int, int]) -> tuple[Rows, Tensor]:
+    """Task vectors as stored, and in float64."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    if dtype == "int8":
+        values = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+        scales = torch.rand(shape[:2], generator=generator)
+        return Rows(values, scales), values.double() * scales[..., None].double()
+    values = torch.randn(shape, generator=generator).to(DTYPES[dtype])
+    return Rows(values, None), values.double()
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sums_of_task_vectors(dtype: str, shape: tuple[int, int, int]) -> None:
+    rows, exact = make_rows(dtype, shape)
+    base = torch.randn(shape[1] * shape[2], generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(shape[0], generator=torch.Generator().manual_seed(2))
+    before, out = base.clone(), torch.full_like(base, torch.nan)
+    add_task_vectors(out, base, rows, weights)
+    terms = weights.double()[:, None] * exact.flatten(1)
+    magnitude = base.double().abs() + terms.abs().sum(0)
+    assert ((out - base.double() - terms.sum(0)).abs() <= 3e-7 * magnitude).all()
+    assert torch.equal(base, before)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_inner_products_with_task_vectors(dtype: str, shape: tuple[int, int, int]) -> None:
+    rows, exact = make_rows(dtype, shape)
+    gradient = torch.randn(shape[1] * shape[2], generator=torch.Generator().manual_seed(3))
+    found = contract_task_vectors(rows, gradient)
+    products = exact.flatten(1) * gradient.double()
+    assert found.dtype == torch.float64
+    assert ((found - products.sum(1)).abs() <= 2e-7 * products.abs().sum(1)).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 64), (9, 4, 64)])
+def test_large_tensors_take_generated_loops_and_small_ones_do_not(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def loop(name: str, num_tasks: int) -> Callable[..., Tensor]:
+        calls.append((name, num_tasks))
+        return {"add": kernels._add, "contract": kernels._contract}[name]
+
+    monkeypatch.setattr(kernels, "_loop", loop)
+    monkeypatch.setattr(kernels, "can_generate", lambda: True)
+    rows, _ = make_rows("bfloat16", shape)
+    out = torch.empty(4 * 64)
+    add_task_vectors(out, out.clone(), rows, torch.ones(shape[0]))
+    assert not calls
+    monkeypatch.setattr(kernels, "SMALL", 1)
+    add_task_vectors(out, out.clone(), rows, torch.ones(shape[0]))
+    contract_task_vectors(rows, out)
+    groups = [2] if shape[0] == 2 else [8, 1]
+    assert calls == [("add", n) for n in groups] + [("contract", n) for n in groups]
+
+
+def test_a_machine_without_a_compiler_takes_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(kernels, "_loop", lambda *_: fail)
+    can_generate.cache_clear()
+    try:
+        assert not can_generate()
+    finally:
+        can_generate.cache_clear()
