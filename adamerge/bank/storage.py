@@ -26,12 +26,37 @@ class Rows:
     values: Tensor
     scales: Tensor | None
 
-    def split(self, num_tasks: int, device: torch.device) -> Iterator["Rows"]:
-        """On ``device``, a few tasks at a time."""
-        for first in range(0, len(self.values), num_tasks):
-            some = slice(first, first + num_tasks)
-            scales = None if self.scales is None else self.scales[some].to(device)
-            yield Rows(self.values[some].to(device, non_blocking=True), scales)
+    @classmethod
+    def of(cls, task_vectors: Mapping[str, Tensor], key: str) -> "Rows":
+        """All of one tensor."""
+        narrow = isinstance(task_vectors, StoredTaskVectors)
+        values = task_vectors.values_by_key[key] if narrow else task_vectors[key]
+        scales = task_vectors.scales_by_key[key] if narrow and task_vectors.scales_by_key is not None else None
+        return cls(values.reshape(values.shape[0], row_count(values.shape[1:]), -1), scales)
+
+    def split(self, num_tasks: int) -> Iterator["Rows"]:
+        """A few tasks at a time."""
+        scales = [None] * len(self.values) if self.scales is None else self.scales.split(num_tasks)
+        return (Rows(values, some) for values, some in zip(self.values.split(num_tasks), scales, strict=False))
+
+    def to(self, device: torch.device) -> "Rows":
+        """The same on ``device``."""
+        scales = None if self.scales is None else self.scales.to(device, non_blocking=True)
+        return Rows(self.values.to(device, non_blocking=True), scales)
+
+    def cut(self, start: int, stop: int) -> Iterator[tuple[slice, "Rows"]]:
+        """Entries ``start`` to ``stop`` of the flattened rows, as whole rows and what is left at either end."""
+        columns = self.values.shape[2]
+        while start < stop:
+            row, offset = divmod(start, columns)
+            last = max(row + 1, stop // columns) if not offset else row + 1
+            end = min(stop, last * columns)
+            if end - start < columns:
+                part = self.values[:, row : row + 1, offset : offset + end - start]
+            else:
+                part = self.values[:, row:last]
+            yield slice(start, end), Rows(part, None if self.scales is None else self.scales[:, row:last])
+            start = end
 
     def widened(self, dtype: torch.dtype, block: int) -> Iterator[tuple[slice, Tensor]]:
         """Runs of about ``block`` of the n = R·C entries, each with its task vectors (K, run) in ``dtype``."""
@@ -132,28 +157,6 @@ class StoredTaskVectors(Mapping[str, Tensor]):
 def row_count(shape: Sequence[int]) -> int:
     """Rows of a tensor of ``shape``: its first dimension, one for vectors and scalars."""
     return shape[0] if len(shape) > 1 else 1
-
-
-def runs_of_rows(task_vectors: Mapping[str, Tensor], key: str, start: int, stop: int) -> Iterator[tuple[slice, Rows]]:
-    """Entries ``start`` to ``stop`` of a flattened tensor, cut into whole rows and what is left at either end."""
-    narrow = isinstance(task_vectors, StoredTaskVectors)
-    values = task_vectors.values_by_key[key] if narrow else task_vectors[key]
-    scales = task_vectors.scales_by_key[key] if narrow and task_vectors.scales_by_key is not None else None
-    num_tasks, rows = values.shape[0], row_count(values.shape[1:])
-    flat = values.reshape(num_tasks, rows, -1)  # (K, R, C)
-    columns = flat.shape[2]
-    while start < stop:
-        row, offset = divmod(start, columns)
-        if offset or stop - start < columns:  # part of one row
-            end = min(stop, (row + 1) * columns)
-            some = flat[:, row : row + 1, offset : offset + end - start]
-        else:
-            last = stop // columns
-            end = last * columns
-            some = flat[:, row:last]
-        of_rows = None if scales is None else scales[:, row : row + some.shape[1]]
-        yield slice(start, end), Rows(some, of_rows)
-        start = end
 
 
 def dtype_named(name: str) -> torch.dtype:

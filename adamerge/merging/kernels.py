@@ -2,19 +2,22 @@
 
 Large tensors on the CPU go through loops that torch.compile generates (no full-size temporary, narrow τ widened in
 registers); small ones, other devices and machines without a C++ compiler take torch's own operations, which are
-also the oracle of the tests. All are called on rows: a tensor is (R, C), R its first dimension, so that an
-int8 τ, which has a scale per row, needs no path of its own.
+also the oracle of the tests. Generated loops work on rows: a tensor is (R, C), R its first dimension, with one factor
+per row and task, so that groups of whole rows and an int8 τ, which has a scale per row, need no loop of their own.
 """
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from adamerge.bank.storage import Rows
+
+Segment = tuple[int, int, int]
+"""``(start, stop, group)`` over a tensor flattened row by row."""
 
 SMALL = 1 << 18
 """Entries of τ below which a generated loop costs more to call than it saves."""
@@ -26,74 +29,105 @@ _AT_ONCE = 8
 """Tasks per generated loop: as many streams as a core reads ahead."""
 
 
-def add_task_vectors(out: Tensor, base: Tensor, task_vectors: Rows, weights: Tensor) -> None:
-    """out ← base + Σ_k weights[k] · τ_k.
+def add_task_vectors(
+    out: Tensor, base: Tensor, task_vectors: Rows, weights: Tensor, segments: Sequence[Segment]
+) -> None:
+    """out[p] ← base[p] + Σ_k weights[k, g(p)] · τ_k[p].
 
     Args:
         out: (n,), contiguous.
         base: (n,), of the same dtype.
-        task_vectors: K tasks of n entries, whole rows or a part of one.
-        weights: (K,), dtype of ``base``.
+        task_vectors: K tasks of n entries.
+        weights: (K, G), dtype of ``base``.
+        segments: The map g.
     """
-    done = 0
-    for some in task_vectors.split(_AT_ONCE, out.device):
-        num_tasks, rows, columns = some.values.shape
-        factors = weights[done : done + num_tasks]
-        if loop := _generated(some.values):
-            scaled = factors[:, None] if some.scales is None else factors[:, None] * some.scales  # (K, 1 or R)
-            loop("add", num_tasks)(
-                out.view(rows, columns),
-                base.view(rows, columns),
-                some.values,
-                scaled.expand(num_tasks, rows).contiguous(),
-            )
-        else:
-            block = rows * columns if some.values.dtype == base.dtype else _BLOCK
-            for part, wide in some.widened(base.dtype, block):
-                torch.addmv(base[part], wide.t(), factors, out=out[part])
-        base, done = out, done + num_tasks
+    for some, factors in _by_tasks(task_vectors, weights, out.device):
+        for run, part, groups in _runs(some, segments):
+            if isinstance(groups, Tensor):
+                rows, columns = part.values.shape[1:]
+                scaled = factors[:, groups] if part.scales is None else factors[:, groups] * part.scales  # (K, R)
+                views = out[run].view(rows, columns), base[run].view(rows, columns)
+                _loop("add", len(factors))(*views, part.values, scaled)
+            else:
+                block = run.stop - run.start if part.values.dtype == base.dtype else _BLOCK
+                for piece, wide in part.widened(base.dtype, block):
+                    target = out[run][piece]
+                    torch.addmv(base[run][piece], wide.t(), factors[:, groups], out=target)
+        base = out
 
 
-def contract_task_vectors(task_vectors: Rows, gradient: Tensor) -> Tensor:
-    """Σ_p τ_k[p] · gradient[p] for every task.
+def contract_task_vectors(task_vectors: Rows, gradient: Tensor, segments: Sequence[Segment], total: Tensor) -> None:
+    """total[g, k] += Σ_{p: g(p) = g} τ_k[p] · gradient[p].
 
     Args:
         task_vectors: K tasks of n entries.
         gradient: (n,).
-
-    Returns:
-        (K,), float64 (float32 on devices without). λ's gradient is a sum over up to millions of terms that nearly
-        cancel, so it is added up in float64, by the generated loops from sums over single rows.
+        segments: The map g.
+        total: (G, K), float64 where the device has it: λ's gradient is a sum over up to millions of terms that nearly
+            cancel. Generated loops hand over sums of single rows, in float32.
     """
-    wide_dtype = torch.float32 if gradient.device.type == "mps" else torch.float64
     block = _BLOCK if gradient.device.type == "cpu" else 1 << 21
-    sums = []
-    for some in task_vectors.split(_AT_ONCE, gradient.device):
-        if loop := _generated(some.values):
-            rows = gradient.to(torch.float32).view(some.values.shape[1:])
-            per_row = loop("contract", len(some.values))(some.values, rows).to(wide_dtype)  # (K, R)
-            sums.append((per_row if some.scales is None else per_row * some.scales).sum(1))
-        else:
-            total = torch.zeros(len(some.values), dtype=wide_dtype, device=gradient.device)
-            for part, wide in some.widened(wide_dtype, block):
-                total.addmv_(wide, gradient[part].to(wide_dtype))
-            sums.append(total)
-    return torch.cat(sums)
+    for some, sums in _by_tasks(task_vectors, total.t(), gradient.device):
+        for run, part, groups in _runs(some, segments):
+            if isinstance(groups, Tensor):
+                rows = gradient[run].to(torch.float32).view(part.values.shape[1:])
+                per_row = _loop("contract", len(sums))(part.values, rows).to(total.dtype)  # (K, R)
+                sums.index_add_(1, groups, per_row if part.scales is None else per_row * part.scales)
+            else:
+                for piece, wide in part.widened(total.dtype, block):
+                    sums[:, groups] += wide.mv(gradient[run][piece].to(total.dtype))
 
 
-def _generated(narrow: Tensor) -> Callable[[str, int], Callable] | None:
-    """The factory of generated loops, if one should run on these task vectors (K, R, C)."""
-    worthwhile = narrow.numel() >= SMALL and narrow.dtype != torch.float64 and narrow.shape[2] >= 64
-    return _loop if worthwhile and narrow.device.type == "cpu" and can_generate() else None
+def _by_tasks(task_vectors: Rows, columns: Tensor, device: torch.device) -> Iterator[tuple[Rows, Tensor]]:
+    """A few tasks at a time on ``device``, each with its part of ``columns`` (K, …)."""
+    for some, part in zip(task_vectors.split(_AT_ONCE), columns.split(_AT_ONCE), strict=True):
+        yield some.to(device), part
+
+
+def _runs(task_vectors: Rows, segments: Sequence[Segment]) -> Iterator[tuple[slice, Rows, Tensor | int]]:
+    """Entries, their task vectors, and their groups: one group per row for a generated loop, else one for all."""
+    values = task_vectors.values
+    num_tasks, _, columns = values.shape
+    if not _generated(values):
+        if task_vectors.scales is None:  # rows mean nothing: take each segment in one piece
+            task_vectors = Rows(values.reshape(num_tasks, 1, -1), None)
+        for start, stop, group in segments:
+            for run, part in task_vectors.cut(start, stop):
+                yield run, part, group
+        return
+    waiting: list[tuple[slice, int]] = []  # whole rows, to be taken together with their neighbours
+    for start, stop, group in segments:
+        for run, part in task_vectors.cut(start, stop):
+            if (run.stop - run.start) % columns == 0:
+                waiting.append((run, group))
+                continue
+            if waiting:
+                yield _together(task_vectors, waiting)
+                waiting = []
+            yield run, part, group
+    if waiting:
+        yield _together(task_vectors, waiting)
+
+
+def _together(task_vectors: Rows, runs: Sequence[tuple[slice, int]]) -> tuple[slice, Rows, Tensor]:
+    """Neighbouring runs of whole rows as one, with the group of each row."""
+    ((run, part),) = task_vectors.cut(runs[0][0].start, runs[-1][0].stop)
+    counts = torch.tensor([(run.stop - run.start) // task_vectors.values.shape[2] for run, _ in runs])
+    return run, part, torch.tensor([group for _, group in runs]).repeat_interleave(counts)
+
+
+def _generated(values: Tensor) -> bool:
+    """Whether a generated loop should run on these task vectors (K, R, C)."""
+    worthwhile = values.numel() >= SMALL and values.shape[2] >= 64 and values.dtype != torch.float64
+    return worthwhile and values.device.type == "cpu" and can_generate()
 
 
 @cache
 def can_generate() -> bool:
     """Whether this machine can compile loops: tried once, on a loop of one task."""
     try:
-        values = torch.ones(1, 2, 64)
         out = torch.empty(2, 64)
-        _loop("add", 1)(out, torch.zeros(2, 64), values, torch.ones(1, 2))
+        _loop("add", 1)(out, torch.zeros(2, 64), torch.ones(1, 2, 64), torch.ones(1, 2))
     except Exception as error:  # inductor reports a missing compiler in many ways
         logging.getLogger(__name__).info("no generated loops on this machine (%s)", type(error).__name__)
         return False

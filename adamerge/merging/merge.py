@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adamerge.bank import ParameterBank
-from adamerge.bank.storage import runs_of_rows
+from adamerge.bank.storage import Rows
 from adamerge.errors import ShapeError, shortlist
 from adamerge.merging.kernels import add_task_vectors, contract_task_vectors
 from adamerge.merging.partition import Partition
@@ -43,10 +43,8 @@ def merge_into(
     """``merge`` without a graph, into tensors that exist already."""
     weights = coefficients.detach()
     for key, base in bank.pretrained.items():
-        flat, target, columns = base.reshape(-1), out[key].view(-1), weights.to(base)
-        for start, stop, group in partition.segments[key]:
-            for run, rows in runs_of_rows(bank.task_vectors, key, start, stop):
-                add_task_vectors(target[run], flat[run], rows, columns[:, group])
+        rows = Rows.of(bank.task_vectors, key)
+        add_task_vectors(out[key].view(-1), base.reshape(-1), rows, weights.to(base), partition.segments[key])
     return out
 
 
@@ -79,23 +77,20 @@ class Contraction:
 
     def __init__(self, bank: ParameterBank, partition: Partition) -> None:
         self._bank, self._partition = bank, partition
-        self._total: list[Tensor | None] = [None] * partition.num_groups  # (K,) each
+        reference = next(iter(bank.pretrained.values()))
+        wide = torch.float32 if reference.device.type == "mps" else torch.float64
+        self._total = torch.zeros(partition.num_groups, bank.num_tasks, dtype=wide, device=reference.device)
+        self._dtype = reference.dtype
 
     @torch.no_grad()
     def add(self, key: str, gradient: Tensor) -> None:
         """Take one tensor's ∂L/∂θ, of its shape."""
-        flat = gradient.reshape(-1)
-        for start, stop, group in self._partition.segments[key]:
-            for run, rows in runs_of_rows(self._bank.task_vectors, key, start, stop):
-                part, before = contract_task_vectors(rows, flat[run]), self._total[group]
-                self._total[group] = part if before is None else before + part
+        rows = Rows.of(self._bank.task_vectors, key)
+        contract_task_vectors(rows, gradient.reshape(-1), self._partition.segments[key], self._total)
 
     def result(self) -> Tensor:
         """The sum over what was added, (K, G)."""
-        reference = next(iter(self._bank.pretrained.values()))
-        nothing = torch.zeros(self._bank.num_tasks, dtype=reference.dtype, device=reference.device)
-        parts = [nothing if part is None else part.to(reference.dtype) for part in self._total]
-        return torch.stack(parts, dim=1)
+        return self._total.t().to(self._dtype).contiguous()
 
 
 def check_coefficients(bank: ParameterBank, coefficients: Tensor, partition: Partition) -> None:

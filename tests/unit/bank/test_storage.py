@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adamerge.bank import ParameterBank
-from adamerge.bank.storage import DTYPES, StoredTaskVectors, dtype_named, row_count, runs_of_rows
+from adamerge.bank.storage import DTYPES, Rows, StoredTaskVectors, dtype_named, row_count
 from adamerge.errors import ConfigError
 from adamerge.files import scratch_file
 
@@ -82,7 +82,7 @@ def test_runs_cover_a_segment_in_order_in_whole_rows(data: st.DataObject) -> Non
     start = data.draw(st.integers(0, size - 1))
     stop = data.draw(st.integers(start + 1, size))
     flat, position = bank.task_vectors[key].reshape(3, -1), start
-    runs = list(runs_of_rows(bank.task_vectors, key, start, stop))
+    runs = list(Rows.of(bank.task_vectors, key).cut(start, stop))
     assert len(runs) <= 3
     for run, rows in runs:
         assert run.start == position

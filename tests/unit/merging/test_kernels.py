@@ -13,6 +13,12 @@ from adamerge.merging.kernels import add_task_vectors, can_generate, contract_ta
 SHAPES = [(11, 7, 200), (3, 40, 96)]
 """(K, R, C): eight tasks and three go through one loop each."""
 
+SEGMENTS = {
+    "one": lambda size: [(0, size, 0)],
+    "rows": lambda size: [(0, 3 * 200, 2), (3 * 200, size, 0)],
+    "any": lambda size: [(0, 7, 1), (7, 811, 0), (811, 812, 2), (812, size, 1)],
+}
+
 
 @pytest.fixture(params=["generated", "eager"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -40,13 +46,16 @@ def make_rows(dtype: str, shape: tuple[int, int, int]) -> tuple[Rows, Tensor]:
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_sums_of_task_vectors(dtype: str, shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_sums_of_task_vectors(dtype: str, shape: tuple[int, int, int], segments: str) -> None:
     rows, exact = make_rows(dtype, shape)
     base = torch.randn(shape[1] * shape[2], generator=torch.Generator().manual_seed(1))
-    weights = torch.randn(shape[0], generator=torch.Generator().manual_seed(2))
+    weights = torch.randn(shape[0], 3, generator=torch.Generator().manual_seed(2))
     before, out = base.clone(), torch.full_like(base, torch.nan)
-    add_task_vectors(out, base, rows, weights)
-    terms = weights.double()[:, None] * exact.flatten(1)
+    cuts = SEGMENTS[segments](base.numel())
+    add_task_vectors(out, base, rows, weights, cuts)
+    groups = torch.cat([torch.full((stop - start,), group) for start, stop, group in cuts])
+    terms = weights.double()[:, groups] * exact.flatten(1)
     magnitude = base.double().abs() + terms.abs().sum(0)
     assert ((out - base.double() - terms.sum(0)).abs() <= 3e-7 * magnitude).all()
     assert torch.equal(base, before)
@@ -55,13 +64,19 @@ def test_sums_of_task_vectors(dtype: str, shape: tuple[int, int, int]) -> None:
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_inner_products_with_task_vectors(dtype: str, shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_inner_products_with_task_vectors(dtype: str, shape: tuple[int, int, int], segments: str) -> None:
     rows, exact = make_rows(dtype, shape)
     gradient = torch.randn(shape[1] * shape[2], generator=torch.Generator().manual_seed(3))
-    found = contract_task_vectors(rows, gradient)
+    found = torch.ones(3, shape[0], dtype=torch.float64)
+    cuts = SEGMENTS[segments](gradient.numel())
+    contract_task_vectors(rows, gradient, cuts, found)
     products = exact.flatten(1) * gradient.double()
-    assert found.dtype == torch.float64
-    assert ((found - products.sum(1)).abs() <= 2e-7 * products.abs().sum(1)).all()
+    expected, size = torch.ones_like(found), torch.zeros_like(found)
+    for start, stop, group in cuts:
+        expected[group] += products[:, start:stop].sum(1)
+        size[group] += products[:, start:stop].abs().sum(1)
+    assert ((found - expected).abs() <= 2e-7 * size).all()
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 64), (9, 4, 64)])
@@ -77,12 +92,12 @@ def test_large_tensors_take_generated_loops_and_small_ones_do_not(
     monkeypatch.setattr(kernels, "_loop", loop)
     monkeypatch.setattr(kernels, "can_generate", lambda: True)
     rows, _ = make_rows("bfloat16", shape)
-    out = torch.empty(4 * 64)
-    add_task_vectors(out, out.clone(), rows, torch.ones(shape[0]))
+    out, weights, segments = torch.empty(4 * 64), torch.ones(shape[0], 2), [(0, 64, 0), (64, 256, 1)]
+    add_task_vectors(out, out.clone(), rows, weights, segments)
     assert not calls
     monkeypatch.setattr(kernels, "SMALL", 1)
-    add_task_vectors(out, out.clone(), rows, torch.ones(shape[0]))
-    contract_task_vectors(rows, out)
+    add_task_vectors(out, out.clone(), rows, weights, segments)
+    contract_task_vectors(rows, out, segments, torch.zeros(2, shape[0], dtype=torch.float64))
     groups = [2] if shape[0] == 2 else [8, 1]
     assert calls == [("add", n) for n in groups] + [("contract", n) for n in groups]
 

@@ -1,0 +1,309 @@
+"""Time both passes over τ and the whole optimiser step, beside the copy bandwidth and beside FusionBench.
+
+python scripts/benchmark.py                                   # passes and steps, a table and a JSON file
+python scripts/benchmark.py --peer .peer/bin/python --peer-script ../shared/peer/fusionbench_step.py
+
+The peer lives in an environment of its own: uv venv .peer && uv pip install --python .peer/bin/python
+fusion-bench==0.2.33. Every contestant runs in a fresh process, one after another, ``--rounds`` times round; figures are
+medians. Bytes of a pass are those that it cannot avoid: K·b·P of τ plus 4·P for every float32 tensor read or written.
+"""
+# ruff: noqa: T201
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from adamerge.bank import ParameterBank  # noqa: E402
+from adamerge.bank.storage import DTYPES, StoredTaskVectors  # noqa: E402
+from adamerge.merging import Coefficients, MergedModel, Partition, contract  # noqa: E402
+from adamerge.merging.merge import merge_into  # noqa: E402
+from adamerge.objectives import softmax_entropy  # noqa: E402
+
+SIZES = {
+    "mini": {"embed_dim": 128, "image_size": 32, "patch_size": 8, "width": 128, "layers": 6, "head_width": 32},
+    "b32": {"embed_dim": 512, "image_size": 224, "patch_size": 32, "width": 768, "layers": 12, "head_width": 64},
+    "l14": {"embed_dim": 768, "image_size": 224, "patch_size": 14, "width": 1024, "layers": 24, "head_width": 64},
+}
+CLASSES = (397, 196, 45, 10, 10, 43, 10, 47, 100, 10, 102, 37, 2, 7, 47, 10, 101, 10, 2, 10)
+"""Of the field's 20 tasks, as the peer's driver has them."""
+
+
+def shapes_of(size: str) -> dict[str, torch.Size]:
+    """The tensors of a CLIP image tower in open_clip's layout."""
+    cfg = SIZES[size]
+    width, patch, tokens = cfg["width"], cfg["patch_size"], (cfg["image_size"] // cfg["patch_size"]) ** 2 + 1
+    shapes: dict[str, tuple[int, ...]] = {
+        "visual.class_embedding": (width,),
+        "visual.positional_embedding": (tokens, width),
+        "visual.proj": (width, cfg["embed_dim"]),
+        "visual.conv1.weight": (width, 3, patch, patch),
+    }
+    norms = ["ln_pre", "ln_post"]
+    for index in range(cfg["layers"]):
+        block = f"transformer.resblocks.{index}"
+        norms += [f"{block}.ln_1", f"{block}.ln_2"]
+        shapes[f"visual.{block}.attn.in_proj_weight"] = (3 * width, width)
+        shapes[f"visual.{block}.attn.in_proj_bias"] = (3 * width,)
+        for name, (rows, columns) in {
+            "attn.out_proj": (width, width),
+            "mlp.c_fc": (4 * width, width),
+            "mlp.c_proj": (width, 4 * width),
+        }.items():
+            shapes[f"visual.{block}.{name}.weight"] = (rows, columns)
+            shapes[f"visual.{block}.{name}.bias"] = (rows,)
+    for name in norms:
+        shapes |= {f"visual.{name}.weight": (width,), f"visual.{name}.bias": (width,)}
+    return {key: torch.Size(shape) for key, shape in shapes.items()}
+
+
+def random_bank(pretrained: dict[str, Tensor], num_tasks: int, dtype: str) -> ParameterBank:
+    """τ of the size that fine-tuning leaves, 0.002 per entry."""
+    shapes = {key: tensor.shape for key, tensor in pretrained.items()}
+    task_vectors = StoredTaskVectors.empty(shapes, num_tasks, DTYPES[dtype], torch.float32, None)
+    for key, shape in shapes.items():
+        for task in range(num_tasks):
+            task_vectors.store(key, task, 0.002 * torch.randn(shape))
+    return ParameterBank(pretrained, task_vectors, tuple(f"task{task}" for task in range(num_tasks)))
+
+
+def timed(call: Callable[[], object], repeats: int) -> float:
+    """Median seconds, after one call that is not counted."""
+    call()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read plus bytes written a second, between two touched buffers of 1 GiB."""
+    source, target = torch.ones(1 << 28), torch.zeros(1 << 28)
+    return 2 * 4 * source.numel() / timed(lambda: target.copy_(source), 7)
+
+
+def measure_passes(size: str, num_tasks: int, dtype: str, granularities: list[str]) -> dict:
+    """Both passes, as fractions of the copy bandwidth that is measured before and after."""
+    before = copy_bandwidth()
+    pretrained = {key: torch.randn(shape) for key, shape in shapes_of(size).items()}
+    bank = random_bank(pretrained, num_tasks, dtype)
+    gradients = {key: torch.randn(shape) for key, shape in shapes_of(size).items()}
+    out = {key: torch.empty_like(tensor) for key, tensor in pretrained.items()}
+    parameters = sum(tensor.numel() for tensor in pretrained.values())
+    stored = num_tasks * DTYPES[dtype].itemsize
+    rows = []
+    for granularity in granularities:
+        partition = Partition.build(granularity, bank.shapes)
+        weights = torch.full((num_tasks, partition.num_groups), 0.3)
+        seconds = {
+            "merge": timed(lambda p=partition, w=weights: merge_into(out, bank, w, p), 5),
+            "gradient": timed(lambda p=partition: contract(bank, gradients, p), 5),
+        }
+        rows.append((granularity, seconds))
+    bandwidth = median([before, copy_bandwidth()])
+    sizes = {"merge": (stored + 8) * parameters, "gradient": (stored + 4) * parameters}
+    return {
+        "size": size,
+        "tasks": num_tasks,
+        "dtype": dtype,
+        "copy_bytes_per_second": bandwidth,
+        "partitions": {
+            granularity: {
+                name: {"seconds": value, "of_copy_bandwidth": sizes[name] / value / bandwidth}
+                for name, value in seconds.items()
+            }
+            for granularity, seconds in rows
+        },
+    }
+
+
+def measure_step(size: str, num_tasks: int, batch: int, steps: int, contestant: str) -> dict:
+    """Seconds of one optimiser step on random images, and the peak resident memory of the process."""
+    from open_clip.model import CLIPVisionCfg, _build_vision_tower
+
+    cfg = SIZES[size]
+    tower = _build_vision_tower(cfg["embed_dim"], CLIPVisionCfg(**{k: v for k, v in cfg.items() if k != "embed_dim"}))
+    network = torch.nn.Module()
+    network.visual = tower.requires_grad_(False).train()
+    network.forward = tower.forward
+    pretrained = {name: value.detach().clone() for name, value in network.named_parameters()}
+    heads = [
+        100 * torch.nn.functional.normalize(torch.randn(CLASSES[task % len(CLASSES)], cfg["embed_dim"]), dim=-1)
+        for task in range(num_tasks)
+    ]
+    side = cfg["image_size"]
+
+    def draw() -> list[Tensor]:
+        return [torch.randn(batch, 3, side, side) for _ in range(num_tasks)]
+
+    step = _reference_step(network, pretrained, heads) if contestant == "reference" else None
+    step = step or _our_step(network, pretrained, heads, *contestant.split("/"))
+    seconds = timed(lambda: step(draw()), steps)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"sec_per_step": seconds, "peak_rss_MiB": peak / 1024}
+
+
+def _our_step(
+    network: torch.nn.Module, pretrained: dict[str, Tensor], heads: list[Tensor], precision: str, dtype: str
+) -> Callable[[list[Tensor]], None]:
+    bank = random_bank(pretrained, len(heads), dtype)
+    partition = Partition.build("tensor", bank.shapes)
+    coefficients = Coefficients(len(heads), partition.num_groups, init=0.3, constraint="clamp")
+    optimizer = torch.optim.Adam(coefficients.parameters(), lr=1e-3)
+    model = MergedModel(network, bank, partition)
+
+    def step(images: list[Tensor]) -> None:
+        value = coefficients()
+        model.update(value, single_backward=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            features = model(torch.cat(images))
+        parts = torch.nn.functional.normalize(features.float(), dim=-1).split([len(part) for part in images])
+        loss = torch.stack([softmax_entropy(f @ h.T).mean() for f, h in zip(parts, heads, strict=True)]).sum()
+        loss.backward()
+        optimizer.zero_grad()
+        value.backward(model.coefficient_gradient())
+        optimizer.step()
+
+    return step
+
+
+def _reference_step(
+    network: torch.nn.Module, pretrained: dict[str, Tensor], heads: list[Tensor]
+) -> Callable[[list[Tensor]], None]:
+    from reference import layerwise
+
+    experts = [{key: value + 0.002 * torch.randn_like(value) for key, value in pretrained.items()} for _ in heads]
+    raw = torch.full((len(heads), len(pretrained)), 0.3)
+    optimizer = torch.optim.Adam([raw], lr=1e-3)
+
+    def step(images: list[Tensor]) -> None:
+        batches = [[part] for part in images]
+        raw.grad = layerwise.gradient(
+            network, pretrained, experts, heads, batches, raw, constraint="clamp", granularity="tensor"
+        )
+        optimizer.step()
+
+    return step
+
+
+def in_process(command: list[str]) -> dict:
+    """The last line that a process prints, as JSON."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compare_steps(arguments: argparse.Namespace) -> list[dict]:
+    """Every contestant in turn, ``rounds`` times round."""
+    rows = []
+    contestants = ["bf16-mixed/bfloat16", "32-true/float32", *([] if arguments.no_reference else ["reference"])]
+    for size, num_tasks in arguments.steps_of:
+        found: dict[str, list[dict]] = {}
+        for _ in range(arguments.rounds):
+            for contestant in contestants:
+                task = {"size": size, "num_tasks": num_tasks, "batch": arguments.batch, "contestant": contestant}
+                task |= {"steps": arguments.steps}
+                found.setdefault(contestant, []).append(run_alone("step", task, arguments.threads))
+            if arguments.peer:
+                command = [arguments.peer, arguments.peer_script, "--size", size, "--tasks", str(num_tasks)]
+                command += ["--batch", str(arguments.batch), "--steps", str(arguments.steps)]
+                found.setdefault("FusionBench", []).append(in_process([*command, "--threads", str(arguments.threads)]))
+        for contestant, runs in found.items():
+            figures = {key: median(run[key] for run in runs) for key in ("sec_per_step", "peak_rss_MiB")}
+            rows.append(
+                {"size": size, "tasks": num_tasks, "batch": arguments.batch, "contestant": contestant, **figures}
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def run_alone(what: str, task: dict, threads: int) -> dict:
+    """``what`` in a fresh process."""
+    return in_process([sys.executable, __file__, "--threads", str(threads), "--alone", what, json.dumps(task)])
+
+
+def table(passes: list[dict], steps: list[dict]) -> str:
+    """Everything in Markdown."""
+    lines = ["| τ | K | partition | merge, % of copy | gradient, % of copy |", "|---|--:|---|--:|--:|"]
+    for entry in passes:
+        for granularity, both in entry["partitions"].items():
+            share = [f"{100 * both[name]['of_copy_bandwidth']:.0f}" for name in ("merge", "gradient")]
+            lines.append(
+                f"| {entry['size']} {entry['dtype']} | {entry['tasks']} | {granularity} | {' | '.join(share)} |"
+            )
+    lines += ["", "| model | K × images | step | s / step | peak MiB | times faster than FusionBench |"]
+    lines += ["|---|---|---|--:|--:|--:|"]
+    peer = {(e["size"], e["tasks"]): e["sec_per_step"] for e in steps if e["contestant"] == "FusionBench"}
+    for entry in steps:
+        base = peer.get((entry["size"], entry["tasks"]))
+        ratio = f"{base / entry['sec_per_step']:.2f}" if base else "–"
+        lines.append(
+            f"| {entry['size']} | {entry['tasks']} × {entry['batch']} | {entry['contestant']} | "
+            f"{entry['sec_per_step']:.3f} | {entry['peak_rss_MiB']:.0f} | {ratio} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--passes", nargs="*", default=["b32"], help="sizes whose passes are timed")
+    parser.add_argument("--tasks", type=int, nargs="+", default=[8], help="K of the passes")
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES))
+    parser.add_argument("--partitions", nargs="+", default=["task", "tensor", "block", "chunk(8)"])
+    parser.add_argument("--steps-of", nargs="*", default=["b32:8"], help="SIZE:TASKS of the steps")
+    parser.add_argument("--batch", type=int, default=16, help="images per task")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-reference", action="store_true")
+    parser.add_argument("--peer", help="Python of the environment that has fusion-bench")
+    parser.add_argument("--peer-script", help="fusionbench_step.py")
+    parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/<device>.json by default")
+    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    if arguments.alone:
+        measure = {"step": measure_step, "passes": measure_passes}[arguments.alone[0]]
+        print(json.dumps(measure(**json.loads(arguments.alone[1]))))
+        return
+    if bool(arguments.peer) != bool(arguments.peer_script):
+        parser.error("--peer and --peer-script go together")
+    arguments.steps_of = [(size, int(tasks)) for size, _, tasks in (item.partition(":") for item in arguments.steps_of)]
+    passes = []
+    for size in arguments.passes:
+        for num_tasks in arguments.tasks:
+            for dtype in arguments.dtypes:
+                task = {"size": size, "num_tasks": num_tasks, "dtype": dtype, "granularities": arguments.partitions}
+                passes.append(run_alone("passes", task, arguments.threads))
+                print(json.dumps(passes[-1]), flush=True)
+    steps = compare_steps(arguments)
+    device = re.sub(r"\W+", "-", f"{platform.machine()}-{arguments.threads}-threads").lower()
+    out = arguments.out or ROOT / "benchmarks" / "results" / f"{device}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    record = {"torch": torch.__version__, "passes": passes, "steps": steps}
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    print(table(passes, steps))
+
+
+if __name__ == "__main__":
+    main()
