@@ -43,19 +43,19 @@ class Recipe:
     """Everything that shapes a build; the same for every seed."""
 
     pictures: int = 3000  # per task, seen by the pretraining
-    closeness: float = 0.1  # pretraining pictures lie up to this far on the way from catalogue to field
+    closeness: float = 0.25  # pretraining pictures lie up to this far on the way from catalogue to field
     generic: float = 0.2  # fraction of captions that name the kind of thing only
     wrong: float = 0.15  # fraction of captions that name another class of the same task
     steps: int = 1600
     batch_size: int = 128
     lr: float = 1e-3
     weight_decay: float = 0.1
-    scale: float = 14.3  # logit scale to start from
+    logit_scale: float = 5.0  # to start from; at CLIP's own 14 a tower this small is soon sure of wrong answers
     jitter: float = 0.15  # noise on the image tower's weights while pretraining, of their own size
     expert_images: int = 8000
-    expert_epochs: int = 4
+    expert_epochs: int = 3
     expert_batch_size: int = 64
-    expert_lr: float = 2.5e-4
+    expert_lr: float = 1e-4
 
 
 RECIPE = Recipe()
@@ -130,7 +130,7 @@ def pretrain(model: nn.Module, images: NDArray[np.uint8], captions: list[str], s
     tokens = open_clip.get_tokenizer(ARCHITECTURE.stem)(unique.tolist())
     pixels, texts = torch.from_numpy(images), torch.from_numpy(index)
     with torch.no_grad():
-        model.logit_scale.fill_(math.log(RECIPE.scale))
+        model.logit_scale.fill_(math.log(RECIPE.logit_scale))
     optimizer = torch.optim.AdamW(decayed(model, RECIPE.weight_decay), betas=(0.9, 0.98), fused=True)
     model.train()
     for step, rows in enumerate(batches(len(pixels), RECIPE.batch_size, RECIPE.steps, seed)):

@@ -19,8 +19,8 @@ from adamerge.bank.storage import Rows
 Segment = tuple[int, int, int]
 """``(start, stop, group)`` over a tensor flattened row by row."""
 
-SMALL = 1 << 18
-"""Entries of τ below which a generated loop costs more to call than it saves."""
+SMALL = 1 << 20
+"""Entries of τ below which a generated loop saves less than its compilation costs."""
 
 _BLOCK = 1 << 15
 """Entries of one task that are widened at a time: a float64 block of eight tasks stays in a CPU core's cache."""

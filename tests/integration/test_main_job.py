@@ -69,6 +69,25 @@ def test_coefficients_have_one_row_per_tensor(run_dir: Path) -> None:
     assert set(TASKS) < set(rows[0])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+def test_task_vectors_may_be_narrow_and_lie_on_disk(
+    dtype: str, run_dir: Path, adamerge: Run, toy: Path, tmp_path: Path
+) -> None:
+    options = [f"bank.dtype={dtype}", "bank.device=disk", f"paths.cache_dir={tmp_path / 'cache'}"]
+    adamerge(
+        "method=adamerging_layerwise", f"trainer.max_steps={STEPS}", *options, *on(toy, tmp_path / "run"),
+    )  # fmt: skip
+    expected, found = (
+        load_file(folder / "coefficients.safetensors")["coefficients"] for folder in (run_dir, tmp_path / "run")
+    )
+    assert not list((tmp_path / "cache" / "bank").iterdir())
+    if dtype == "float32":
+        assert torch.equal(found, expected)
+    else:
+        assert not torch.equal(found, expected)
+        assert (found - expected).abs().mean() < 1e-4 * (10 if dtype == "int8" else 1)
+
+
 def test_saved_coefficients_merge_without_learning(run_dir: Path, adamerge: Run, toy: Path, tmp_path: Path) -> None:
     file = run_dir / "coefficients.safetensors"
     adamerge("method=adamerging_layerwise", f"method.coefficients={file}", *on(toy, tmp_path / "again"))
