@@ -28,10 +28,9 @@ class Rows:
 
     @classmethod
     def of(cls, task_vectors: Mapping[str, Tensor], key: str) -> "Rows":
-        """All of one tensor."""
-        narrow = isinstance(task_vectors, StoredTaskVectors)
-        values = task_vectors.values_by_key[key] if narrow else task_vectors[key]
-        scales = task_vectors.scales_by_key[key] if narrow and task_vectors.scales_by_key is not None else None
+        """All of one tensor, as it lies in the bank."""
+        values, scales = task_vectors.stored(key) if isinstance(task_vectors, StoredTaskVectors) else (None, None)
+        values = task_vectors[key] if values is None else values
         return cls(values.reshape(values.shape[0], row_count(values.shape[1:]), -1), scales)
 
     def split(self, num_tasks: int) -> Iterator["Rows"]:
@@ -132,11 +131,14 @@ class StoredTaskVectors(Mapping[str, Tensor]):
         scales.copy_(torch.where(largest > 0, largest / 127, 1.0))
         target.copy_((rows / scales[..., None]).round_().reshape(target.shape))
 
+    def stored(self, key: str) -> tuple[Tensor, Tensor | None]:
+        """Values (K, *shape) and factors of rows (K, R) of one tensor, as they lie there."""
+        return self.values_by_key[key], None if self.scales_by_key is None else self.scales_by_key[key]
+
     def __getitem__(self, key: str) -> Tensor:
-        values = self.values_by_key[key]
-        if self.scales_by_key is None:
+        values, scales = self.stored(key)
+        if scales is None:
             return values.to(self._dtype)
-        scales = self.scales_by_key[key]
         return (values.to(self._dtype).view(*scales.shape, -1) * scales[..., None].to(self._dtype)).view(values.shape)
 
     def __iter__(self) -> Iterator[str]:

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from adamerge.bank.storage import Rows
-
-Segment = tuple[int, int, int]
-"""``(start, stop, group)`` over a tensor flattened row by row."""
+from adamerge.merging.partition import Segment
 
 SMALL = 1 << 20
 """Entries of τ below which a generated loop saves less than its compilation costs."""

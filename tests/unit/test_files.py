@@ -11,13 +11,13 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 
 from adamerge.errors import OutputError
-from adamerge.files import atomic_directory, atomic_file, sha256_file, write_text
+from adamerge.files import atomic_directory, atomic_file, scratch_file, sha256_file, write_text
 
 
 class Boom(Exception):  # noqa: N818
@@ -144,6 +144,20 @@ def test_no_room_in_a_folder_is_an_output_error(tmp_path: Path) -> None:
     ):
         (temporary / "a").write_text("x" * 5000)
     assert names(tmp_path) == []
+
+
+def test_a_scratch_file_is_gone_at_the_end_and_its_room_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    for error in (Boom, None):
+        with pytest.raises(Boom) if error else nullcontext(), scratch_file(folder) as path:
+            assert path.parent == folder
+            path.write_text("x")
+            if error:
+                raise error
+        assert names(folder) == []
+    with pytest.raises(OutputError, match=r"cannot write .*cache"), scratch_file(folder):
+        raise OSError(28, "No space left on device")
+    assert names(folder) == []
 
 
 # A folder
