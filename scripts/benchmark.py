@@ -100,8 +100,8 @@ def copy_bandwidth() -> float:
 
 
 def measure_passes(size: str, num_tasks: int, dtype: str, granularities: list[str]) -> dict:
-    """Both passes, as fractions of the copy bandwidth that is measured before and after."""
-    before = copy_bandwidth()
+    """Both passes, as fractions of the copy bandwidth that is measured before and after each."""
+    bandwidth = [copy_bandwidth()]
     pretrained = {key: torch.randn(shape) for key, shape in shapes_of(size).items()}
     bank = random_bank(pretrained, num_tasks, dtype)
     gradients = {key: torch.randn(shape) for key, shape in shapes_of(size).items()}
@@ -112,25 +112,22 @@ def measure_passes(size: str, num_tasks: int, dtype: str, granularities: list[st
     for granularity in granularities:
         partition = Partition.build(granularity, bank.shapes)
         weights = torch.full((num_tasks, partition.num_groups), 0.3)
-        seconds = {
-            "merge": timed(lambda p=partition, w=weights: merge_into(out, bank, w, p), 5),
-            "gradient": timed(lambda p=partition: contract(bank, gradients, p), 5),
-        }
-        rows.append((granularity, seconds))
-    bandwidth = median([before, copy_bandwidth()])
-    sizes = {"merge": (stored + 8) * parameters, "gradient": (stored + 4) * parameters}
+        figures = {}
+        for name, fixed, call in (
+            ("merge", 8, lambda p=partition, w=weights: merge_into(out, bank, w, p)),
+            ("gradient", 4, lambda p=partition: contract(bank, gradients, p)),
+        ):
+            seconds = timed(call, 7)
+            bandwidth.append(copy_bandwidth())
+            share = (stored + fixed) * parameters / seconds / (sum(bandwidth[-2:]) / 2)
+            figures[name] = {"seconds": seconds, "of_copy_bandwidth": share}
+        rows.append((granularity, figures))
     return {
         "size": size,
         "tasks": num_tasks,
         "dtype": dtype,
-        "copy_bytes_per_second": bandwidth,
-        "partitions": {
-            granularity: {
-                name: {"seconds": value, "of_copy_bandwidth": sizes[name] / value / bandwidth}
-                for name, value in seconds.items()
-            }
-            for granularity, seconds in rows
-        },
+        "copy_bytes_per_second": median(bandwidth),
+        "partitions": dict(rows),
     }
 
 
