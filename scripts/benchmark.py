@@ -150,8 +150,10 @@ def measure_step(size: str, num_tasks: int, batch: int, steps: int, contestant: 
     def draw() -> list[Tensor]:
         return [torch.randn(batch, 3, side, side) for _ in range(num_tasks)]
 
-    step = _reference_step(network, pretrained, heads) if contestant == "reference" else None
-    step = step or _our_step(network, pretrained, heads, *contestant.split("/"))
+    if contestant == "reference":
+        step = _reference_step(network, pretrained, heads)
+    else:
+        step = _our_step(network, pretrained, heads, *contestant.split("/"))
     seconds = timed(lambda: step(draw()), steps)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"sec_per_step": seconds, "peak_rss_MiB": peak / 1024}

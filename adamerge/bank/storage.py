@@ -29,14 +29,17 @@ class Rows:
     @classmethod
     def of(cls, task_vectors: Mapping[str, Tensor], key: str) -> "Rows":
         """All of one tensor, as it lies in the bank."""
-        values, scales = task_vectors.stored(key) if isinstance(task_vectors, StoredTaskVectors) else (None, None)
-        values = task_vectors[key] if values is None else values
+        if isinstance(task_vectors, StoredTaskVectors):
+            values, scales = task_vectors.stored(key)
+        else:
+            values, scales = task_vectors[key], None
         return cls(values.reshape(values.shape[0], row_count(values.shape[1:]), -1), scales)
 
     def split(self, num_tasks: int) -> Iterator["Rows"]:
         """A few tasks at a time."""
-        scales = [None] * len(self.values) if self.scales is None else self.scales.split(num_tasks)
-        return (Rows(values, some) for values, some in zip(self.values.split(num_tasks), scales, strict=False))
+        for first in range(0, len(self.values), num_tasks):
+            some = slice(first, first + num_tasks)
+            yield Rows(self.values[some], None if self.scales is None else self.scales[some])
 
     def to(self, device: torch.device) -> "Rows":
         """The same on ``device``."""

@@ -49,8 +49,7 @@ def add_task_vectors(
             else:
                 block = run.stop - run.start if part.values.dtype == base.dtype else _BLOCK
                 for piece, wide in part.widened(base.dtype, block):
-                    target = out[run][piece]
-                    torch.addmv(base[run][piece], wide.t(), factors[:, groups], out=target)
+                    torch.addmv(base[run][piece], wide.t(), factors[:, groups], out=out[run][piece])
         base = out
 
 

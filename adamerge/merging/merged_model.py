@@ -17,8 +17,8 @@ class MergedModel:
 
     The merged tensors are separate leaves that live as long as this object: any number of backward passes add up in
     their gradients, and one contraction turns the sum into ∂L/∂λ. Where there is a single backward pass, each gradient
-    is contracted and freed as soon as it exists. Not an ``nn.Module``, so that neither the
-    bank nor the network is ever broadcast or checkpointed with the coefficients.
+    is contracted and freed as soon as it exists. Not an ``nn.Module``, so that neither the bank nor the network is ever
+    broadcast or checkpointed with the coefficients.
 
     Args:
         network: Frozen; its parameter names include the bank's keys.
