@@ -31,8 +31,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from adamerge.bank import ParameterBank  # noqa: E402
 from adamerge.bank.storage import DTYPES, StoredTaskVectors  # noqa: E402
+from adamerge.learning.module import passes  # noqa: E402
 from adamerge.merging import Coefficients, MergedModel, Partition, contract  # noqa: E402
 from adamerge.merging.merge import merge_into  # noqa: E402
+from adamerge.models.open_clip import ImageEncoder  # noqa: E402
 from adamerge.objectives import softmax_entropy  # noqa: E402
 
 SIZES = {
@@ -137,9 +139,7 @@ def measure_step(size: str, num_tasks: int, batch: int, steps: int, contestant: 
 
     cfg = SIZES[size]
     tower = _build_vision_tower(cfg["embed_dim"], CLIPVisionCfg(**{k: v for k, v in cfg.items() if k != "embed_dim"}))
-    network = torch.nn.Module()
-    network.visual = tower.requires_grad_(False).train()
-    network.forward = tower.forward
+    network = ImageEncoder(tower, *([0.5] * 3, [0.25] * 3)).requires_grad_(False)
     pretrained = {name: value.detach().clone() for name, value in network.named_parameters()}
     heads = [
         100 * torch.nn.functional.normalize(torch.randn(CLASSES[task % len(CLASSES)], cfg["embed_dim"]), dim=-1)
@@ -170,12 +170,15 @@ def _our_step(
 
     def step(images: list[Tensor]) -> None:
         value = coefficients()
-        model.update(value, single_backward=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-            features = model(torch.cat(images))
-        parts = torch.nn.functional.normalize(features.float(), dim=-1).split([len(part) for part in images])
-        loss = torch.stack([softmax_entropy(f @ h.T).mean() for f, h in zip(parts, heads, strict=True)]).sum()
-        loss.backward()
+        groups = passes({str(task): part for task, part in enumerate(images)})
+        model.update(value, single_backward=len(groups) == 1)
+        for group in groups:
+            parts = [images[int(task)] for task in group]
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+                features = model(torch.cat(parts))
+            features = torch.nn.functional.normalize(features.float(), dim=-1).split([len(part) for part in parts])
+            losses = [softmax_entropy(f @ heads[int(t)].T).mean() for f, t in zip(features, group, strict=True)]
+            torch.stack(losses).sum().backward()
         optimizer.zero_grad()
         value.backward(model.coefficient_gradient())
         optimizer.step()

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import hydra.utils
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
+from adamerge.cli.lightning import best_precision
 from adamerge.errors import ConfigError, shortlist
 from adamerge.files import write_text
 
@@ -56,6 +58,24 @@ def check_complete(config: DictConfig) -> None:
     """Raise ConfigError if an option that must be given is not."""
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ConfigError(f"unset: {shortlist(missing)}. Give a value on the command line: {missing[0]}=…")
+
+
+def settle(config: DictConfig, run_dir: Path | None = None, *, learned: bool = False) -> None:
+    """Replace each ``auto`` by what it means on this machine; a resumed run keeps what it meant when it started.
+
+    Args:
+        config: Changed in place: ``trainer.precision`` and ``bank.dtype``.
+        run_dir: The run's folder.
+        learned: Whether coefficients are learned; only then may τ be as narrow as what the network computes in.
+    """
+    before = OmegaConf.load(run_dir / CONFIG_FILE) if run_dir and config.resume else OmegaConf.create()
+    if config.trainer.precision == "auto":
+        make_trainer = hydra.utils.instantiate(config.trainer, precision="32-true")
+        device = make_trainer(logger=False, enable_checkpointing=False).strategy.root_device
+        config.trainer.precision = OmegaConf.select(before, "trainer.precision") or best_precision(device)
+    if config.bank.dtype == "auto":
+        narrow = learned and config.trainer.precision == "bf16-mixed"
+        config.bank.dtype = OmegaConf.select(before, "bank.dtype") or ("bfloat16" if narrow else "float32")
 
 
 def save_config(config: DictConfig, run_dir: Path) -> None:

@@ -23,6 +23,7 @@ def evaluate_checkpoint(config: DictConfig, console: Console) -> Accuracies:
         KeyMismatchError: If the checkpoint lacks tensors of the suite's model, or has them in other shapes.
     """
     quiet()
+    configuration.settle(config)
     path = Path(config.checkpoint)
     file = path / WEIGHTS_NAME if path.is_dir() else path
     state = read_checkpoint(file)

@@ -71,9 +71,10 @@ class Job:
         quiet()
         configuration.check_complete(config)
         prepare_folder(self.run_dir)
+        method = hydra.utils.instantiate(config.method)
+        configuration.settle(config, self.run_dir, learned=hasattr(method, "prepare"))
         if config.resume:
             configuration.check_same(config, self.run_dir)
-        method = hydra.utils.instantiate(config.method)
         pl.seed_everything(config.seed, workers=True, verbose=False)
         with self._phase("load"):
             problem = self._load()

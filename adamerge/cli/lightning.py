@@ -1,9 +1,10 @@
-"""How Lightning talks to the user: a progress bar and no chatter."""
+"""How Lightning talks to the user, and in which precision it computes."""
 
 import logging
 import warnings
 from typing import Any
 
+import torch
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 
 from adamerge.learning.fit import CHECKPOINT_EVERY
@@ -15,6 +16,18 @@ def quiet() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     for module in ("pytorch_lightning", "lightning_fabric", "torch", "open_clip", "timm"):
         warnings.filterwarnings("ignore", module=rf"{module}\b")
+
+
+def best_precision(device: torch.device) -> str:
+    """bf16 autocast where ``device`` has units for it, float32 elsewhere; as Lightning's Trainer takes it."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+    else:
+        fast = False
+    return "bf16-mixed" if fast else "32-true"
 
 
 def progress_bar() -> Callback:

@@ -1,7 +1,7 @@
 """The LightningModule that learns coefficients."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -32,7 +32,7 @@ class CoefficientLearner(pl.LightningModule):
         task_weights: Factor of each task's loss, by task.
         optimizer: Parameters → optimiser.
         max_steps: Rows of the history.
-        fuse_tasks: All tasks in one forward pass, or one after another in the memory of one.
+        fuse_tasks: All tasks in one forward pass, or one after another in the memory of one; "auto" is as ``passes``.
         check_every: Steps between two looks at the device for a loss that is not finite.
     """
 
@@ -46,7 +46,7 @@ class CoefficientLearner(pl.LightningModule):
         task_weights: Mapping[str, float],
         optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer],
         max_steps: int,
-        fuse_tasks: bool,
+        fuse_tasks: bool | Literal["auto"],
         check_every: int,
     ) -> None:
         super().__init__()
@@ -81,8 +81,9 @@ class CoefficientLearner(pl.LightningModule):
         step = self.trainer.global_step
         optimizer = self.optimizers()
         coefficients = self.coefficients()
-        self.model.update(coefficients, single_backward=self._fuse_tasks)
-        losses = self._backward(batch)
+        groups = self._passes(batch)
+        self.model.update(coefficients, single_backward=len(groups) == 1)
+        losses = torch.cat([self._backward(group, batch) for group in groups])
         gradient = self.model.coefficient_gradient()
         losses, gradient = self._sum_over_ranks(losses, gradient)
         parameters = list(self.coefficients.parameters())
@@ -95,19 +96,19 @@ class CoefficientLearner(pl.LightningModule):
         if (step + 1) % self._check_every == 0 or step + 1 == self.trainer.max_steps:
             self._report(step)
 
-    def _backward(self, batch: Batch) -> Tensor:
-        """Back-propagate every task's loss into the merged weights; return the losses, (K,), detached."""
-        losses = []
-        if self._fuse_tasks:
-            parts = [batch["images"][task] for task in self._heads]
-            features = self.model(torch.cat(parts)).split([len(part) for part in parts])
-            losses = [self._loss(task, part, batch) for task, part in zip(self._heads, features, strict=True)]
-            self._scaled(torch.stack(losses).sum()).backward()
-        else:
-            for task in self._heads:
-                losses.append(self._loss(task, self.model(batch["images"][task]), batch))
-                self._scaled(losses[-1]).backward()
-        return torch.stack([loss.detach() for loss in losses])
+    def _passes(self, batch: Batch) -> list[list[str]]:
+        images = {task: batch["images"][task] for task in self._heads}
+        if self._fuse_tasks == "auto":
+            return passes(images)
+        return [list(images)] if self._fuse_tasks else [[task] for task in images]
+
+    def _backward(self, tasks: list[str], batch: Batch) -> Tensor:
+        """Back-propagate some tasks' losses into the merged weights; return the losses, detached."""
+        parts = [batch["images"][task] for task in tasks]
+        features = self.model(torch.cat(parts)).split([len(part) for part in parts])
+        losses = torch.stack([self._loss(task, part, batch) for task, part in zip(tasks, features, strict=True)])
+        self._scaled(losses.sum()).backward()
+        return losses.detach()
 
     def _loss(self, task: str, features: Tensor, batch: Batch) -> Tensor:
         # Normalised in float32: half precision would cost the logits, which are 100 times a cosine, two digits.
@@ -158,3 +159,23 @@ class CoefficientLearner(pl.LightningModule):
             f"{what} is not finite at step {failed}. Learning stopped; the coefficients of step {failed} are kept. "
             "Look at that task's images and expert, or lower optimizer.lr, or use trainer.precision=32-true."
         )
+
+
+def passes(images: Mapping[str, Tensor]) -> list[list[str]]:
+    """Which tasks go through the network together, in order: all of them, but on the CPU no more than keep the
+    activations in memory that is used again. (Beyond 32 MiB the C library returns every buffer to the system, and
+    taking it back costs a fifth of a step.)
+
+    Args:
+        images: (B, 3, H, W) by task.
+    """
+    room = 1 << 23  # pixels' values: 32 MiB of float32; the widest activation of a ViT-B/32 is as large as its input
+    groups: list[list[str]] = []
+    taken = 0
+    for task, part in images.items():
+        taken += part.numel()
+        if not groups or (part.device.type == "cpu" and taken > room):
+            groups.append([])
+            taken = part.numel()
+        groups[-1].append(task)
+    return groups

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from adamerge.bank.checkpoints import hash_tensors, read_checkpoint
 from adamerge.errors import ConfigError, KeyMismatchError, shortlist
+from adamerge.models.layers import use_lean_layers
 from adamerge.models.open_clip_sources import check_gelu, find_architecture, find_weights, first_line, gelu_in_metadata
 from adamerge.models.protocol import ModelSpec
 
@@ -29,7 +30,8 @@ _TEXT_BATCH = 256
 class ImageEncoder(nn.Module):
     """The image tower behind its normalisation: images (B, 3, H, W), uint8 or normalised floats, to features (B, d).
 
-    The arithmetic on uint8 images is ToTensor's and Normalize's, in their order, so features equal open_clip's.
+    The arithmetic on uint8 images is ToTensor's and Normalize's, in their order; features equal open_clip's up to the
+    order of float32 sums (``models.layers``).
     """
 
     mean: Tensor
@@ -37,6 +39,7 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, visual: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
+        use_lean_layers(visual)
         self.visual = visual
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -20,6 +21,7 @@ from adamerge.cli.config import (
     options,
     resume_arguments,
     save_config,
+    settle,
 )
 from adamerge.errors import ConfigError
 
@@ -209,7 +211,7 @@ def test_any_folder_name_can_be_resumed(tmp_path: Path, name: str) -> None:
         "suite.root='/data/my suite'",
         "data.task_weights={a:2.0}",
         "suite.tasks=null",
-        "data.fuse_tasks=True",
+        "data.fuse_tasks='auto'",
         "++seed=0",
         "hydra.job.chdir=false",
     ],
@@ -252,3 +254,41 @@ def test_a_run_of_another_version_is_not_continued(run_dir: Path) -> None:
     config, _ = compose_config("train", [*GIVEN, "data.batches_per_step=3"])
     with pytest.raises(ConfigError, match=r"differs from today's in data\.batches_per_step"):
         check_same(config, run_dir)
+
+
+class TestSettle:
+    """``auto`` is what the machine has, once, and then stands in the run's folder."""
+
+    def settled(self, *overrides: str, run_dir: Path | None = None, learned: bool = True) -> tuple[str, str]:
+        config, _ = compose_config("train", ["trainer.accelerator=cpu", *overrides])
+        settle(config, run_dir, learned=learned)
+        return config.trainer.precision, config.bank.dtype
+
+    @pytest.fixture
+    def features(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+        found: dict[str, bool] = {}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+        return found
+
+    def test_float32_without_bf16_units(self, features: dict[str, bool]) -> None:
+        assert self.settled() == ("32-true", "float32")
+
+    def test_bf16_with_them(self, features: dict[str, bool]) -> None:
+        features["avx512_bf16"] = True
+        assert self.settled() == ("bf16-mixed", "bfloat16")
+
+    def test_static_merges_keep_float32_task_vectors(self, features: dict[str, bool]) -> None:
+        features["amx_bf16"] = True
+        assert self.settled(learned=False) == ("bf16-mixed", "float32")
+
+    def test_what_is_named_stays(self, features: dict[str, bool]) -> None:
+        features["avx512_bf16"] = True
+        assert self.settled("trainer.precision=32-true") == ("32-true", "float32")
+        assert self.settled("bank.dtype=int8") == ("bf16-mixed", "int8")
+
+    def test_a_resumed_run_keeps_what_it_had(self, features: dict[str, bool], tmp_path: Path) -> None:
+        config, _ = compose_config("train", ["trainer.accelerator=cpu"])
+        settle(config, tmp_path, learned=True)
+        save_config(config, tmp_path)
+        features["avx512_bf16"] = True
+        assert self.settled(f"resume={tmp_path}", run_dir=tmp_path) == ("32-true", "float32")

@@ -17,7 +17,7 @@ from unit.zoo import make_bank
 from adamerge.bank import ParameterBank
 from adamerge.errors import TrainingError
 from adamerge.learning.fit import Learned, UserInterruptError, learn
-from adamerge.learning.module import CoefficientLearner
+from adamerge.learning.module import CoefficientLearner, passes
 from adamerge.merging import Coefficients, MergedModel, Partition
 from adamerge.objectives import Entropy
 from adamerge.tasks.datamodule import UnlabeledImages
@@ -127,7 +127,7 @@ def fit(
     objective: Callable[[Tensor], Tensor] | None = None,
     optimizer: Callable[..., torch.optim.Optimizer] = adam,
     task_weights: dict[str, float] | None = None,
-    fuse_tasks: bool = True,
+    fuse_tasks: Any = True,
     check_every: int = 10,
     data: UnlabeledImages | None = None,
     precision: str = "32-true",
@@ -464,3 +464,24 @@ def test_other_errors_keep_their_type(setting: Setting, tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="something else"):
         learn_in(tmp_path, setting, 2, objective)
+
+
+@pytest.mark.parametrize(
+    ("side", "expected"),
+    [(8, [["a", "b", "c", "d"]]), (724, [["a", "b", "c"], ["d"]]), (2048, [["a"], ["b"], ["c"], ["d"]])],
+)
+def test_on_a_cpu_as_many_tasks_together_as_stay_in_memory_that_is_used_again(
+    side: int, expected: list[list[str]]
+) -> None:
+    image = torch.empty(1, dtype=torch.uint8).expand(1, 3, side, side)
+    parts = {"a": image, "b": image, "c": image.expand(2, 3, side, side), "d": image.expand(4, 3, side, side)}
+    assert passes(parts) == expected
+
+
+def test_passes_on_a_gpu_take_all() -> None:
+    image = torch.empty(64, 3, 2048, 2048, device="meta")
+    assert passes({"a": image, "b": image}) == [["a", "b"]]
+
+
+def test_auto_learns_what_any_choice_does(setting: Setting) -> None:
+    torch.testing.assert_close(fit(setting, 5, fuse_tasks="auto").raw, fit(setting, 5, fuse_tasks=False).raw)
