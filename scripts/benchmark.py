@@ -18,8 +18,10 @@ import re
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
@@ -31,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from adamerge.bank import ParameterBank  # noqa: E402
 from adamerge.bank.storage import DTYPES, StoredTaskVectors  # noqa: E402
+from adamerge.files import scratch_file  # noqa: E402
 from adamerge.learning.module import passes  # noqa: E402
 from adamerge.merging import Coefficients, MergedModel, Partition, contract  # noqa: E402
 from adamerge.merging.merge import merge_into  # noqa: E402
@@ -74,10 +77,14 @@ def shapes_of(size: str) -> dict[str, torch.Size]:
     return {key: torch.Size(shape) for key, shape in shapes.items()}
 
 
-def random_bank(pretrained: dict[str, Tensor], num_tasks: int, dtype: str) -> ParameterBank:
-    """τ of the size that fine-tuning leaves, 0.002 per entry."""
+def random_bank(
+    pretrained: dict[str, Tensor], num_tasks: int, dtype: str, *, folder: str | None = None
+) -> ParameterBank:
+    """τ of the size that fine-tuning leaves, 0.002 per entry; in a mapped file in ``folder``, gone with the process."""
     shapes = {key: tensor.shape for key, tensor in pretrained.items()}
-    task_vectors = StoredTaskVectors.empty(shapes, num_tasks, DTYPES[dtype], torch.float32, None)
+    file = scratch_file(Path(folder)) if folder else nullcontext()
+    with file as path:
+        task_vectors = StoredTaskVectors.empty(shapes, num_tasks, DTYPES[dtype], torch.float32, path)
     for key, shape in shapes.items():
         for task in range(num_tasks):
             task_vectors.store(key, task, 0.002 * torch.randn(shape))
@@ -133,14 +140,17 @@ def measure_passes(size: str, num_tasks: int, dtype: str, granularities: list[st
     }
 
 
-def measure_step(size: str, num_tasks: int, batch: int, steps: int, contestant: str) -> dict:
-    """Seconds of one optimiser step on random images, and the peak resident memory of the process."""
+def measure_step(size: str, num_tasks: int, batch: int, steps: int, contestant: str, folder: str | None = None) -> dict:
+    """Seconds of one optimiser step on random images, and the peak memory of the process.
+
+    Resident memory counts pages of mapped files, which the system takes back at will; anonymous memory does not.
+    """
     from open_clip.model import CLIPVisionCfg, _build_vision_tower
 
     cfg = SIZES[size]
     tower = _build_vision_tower(cfg["embed_dim"], CLIPVisionCfg(**{k: v for k, v in cfg.items() if k != "embed_dim"}))
     network = ImageEncoder(tower, *([0.5] * 3, [0.25] * 3)).requires_grad_(False)
-    pretrained = {name: value.detach().clone() for name, value in network.named_parameters()}
+    pretrained = {name: value.detach() for name, value in network.named_parameters()}
     heads = [
         100 * torch.nn.functional.normalize(torch.randn(CLASSES[task % len(CLASSES)], cfg["embed_dim"]), dim=-1)
         for task in range(num_tasks)
@@ -153,16 +163,43 @@ def measure_step(size: str, num_tasks: int, batch: int, steps: int, contestant: 
     if contestant == "reference":
         step = _reference_step(network, pretrained, heads)
     else:
-        step = _our_step(network, pretrained, heads, *contestant.split("/"))
-    seconds = timed(lambda: step(draw()), steps)
+        step = _our_step(network, pretrained, heads, *contestant.split("/")[:2], folder)
+    with PeakAnonymous() as anonymous:
+        seconds = timed(lambda: step(draw()), steps)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"sec_per_step": seconds, "peak_rss_MiB": peak / 1024}
+    return {"sec_per_step": seconds, "peak_rss_MiB": peak / 1024, "peak_anonymous_MiB": anonymous.peak / 1024}
+
+
+class PeakAnonymous(threading.Thread):
+    """The most anonymous memory of this process while inside, in KiB, looked at every 5 ms."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self._done = 0, threading.Event()
+
+    def run(self) -> None:
+        while not self._done.wait(0.005):
+            status = Path("/proc/self/status").read_text()
+            self.peak = max(self.peak, int(status.partition("RssAnon:")[2].split()[0]))
+
+    def __enter__(self) -> PeakAnonymous:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self.join()
 
 
 def _our_step(
-    network: torch.nn.Module, pretrained: dict[str, Tensor], heads: list[Tensor], precision: str, dtype: str
+    network: torch.nn.Module,
+    pretrained: dict[str, Tensor],
+    heads: list[Tensor],
+    precision: str,
+    dtype: str,
+    folder: str | None,
 ) -> Callable[[list[Tensor]], None]:
-    bank = random_bank(pretrained, len(heads), dtype)
+    bank = random_bank(pretrained, len(heads), dtype, folder=folder)
     partition = Partition.build("tensor", bank.shapes)
     coefficients = Coefficients(len(heads), partition.num_groups, init=0.3, constraint="clamp")
     optimizer = torch.optim.Adam(coefficients.parameters(), lr=1e-3)
@@ -216,20 +253,22 @@ def in_process(command: list[str]) -> dict:
 def compare_steps(arguments: argparse.Namespace) -> list[dict]:
     """Every contestant in turn, ``rounds`` times round."""
     rows = []
-    contestants = ["bf16-mixed/bfloat16", "32-true/float32", *([] if arguments.no_reference else ["reference"])]
+    contestants = list(arguments.contestants)
     for size, num_tasks in arguments.steps_of:
         found: dict[str, list[dict]] = {}
         for _ in range(arguments.rounds):
             for contestant in contestants:
                 task = {"size": size, "num_tasks": num_tasks, "batch": arguments.batch, "contestant": contestant}
                 task |= {"steps": arguments.steps}
+                task |= {"folder": arguments.disk} if contestant.endswith("/disk") else {}
                 found.setdefault(contestant, []).append(run_alone("step", task, arguments.threads))
             if arguments.peer:
                 command = [arguments.peer, arguments.peer_script, "--size", size, "--tasks", str(num_tasks)]
                 command += ["--batch", str(arguments.batch), "--steps", str(arguments.steps)]
                 found.setdefault("FusionBench", []).append(in_process([*command, "--threads", str(arguments.threads)]))
         for contestant, runs in found.items():
-            figures = {key: median(run[key] for run in runs) for key in ("sec_per_step", "peak_rss_MiB")}
+            measured = ("sec_per_step", "peak_rss_MiB", "peak_anonymous_MiB")
+            figures = {key: median(run[key] for run in runs) for key in measured if key in runs[0]}
             rows.append(
                 {"size": size, "tasks": num_tasks, "batch": arguments.batch, "contestant": contestant, **figures}
             )
@@ -251,15 +290,16 @@ def table(passes: list[dict], steps: list[dict]) -> str:
             lines.append(
                 f"| {entry['size']} {entry['dtype']} | {entry['tasks']} | {granularity} | {' | '.join(share)} |"
             )
-    lines += ["", "| model | K × images | step | s / step | peak MiB | times faster than FusionBench |"]
-    lines += ["|---|---|---|--:|--:|--:|"]
-    peer = {(e["size"], e["tasks"]): e["sec_per_step"] for e in steps if e["contestant"] == "FusionBench"}
+    lines += ["", "| model | K × images | step | s / step | peak MiB | times as fast as FusionBench | of its peak |"]
+    lines += ["|---|---|---|--:|--:|--:|--:|"]
+    peer = {(e["size"], e["tasks"], e["batch"]): e for e in steps if e["contestant"] == "FusionBench"}
     for entry in steps:
-        base = peer.get((entry["size"], entry["tasks"]))
-        ratio = f"{base / entry['sec_per_step']:.2f}" if base else "–"
+        base = peer.get((entry["size"], entry["tasks"], entry["batch"]))
+        ratio = f"{base['sec_per_step'] / entry['sec_per_step']:.2f}" if base else "–"
+        memory = f"{100 * entry['peak_rss_MiB'] / base['peak_rss_MiB']:.0f} %" if base else "–"
         lines.append(
             f"| {entry['size']} | {entry['tasks']} × {entry['batch']} | {entry['contestant']} | "
-            f"{entry['sec_per_step']:.3f} | {entry['peak_rss_MiB']:.0f} | {ratio} |"
+            f"{entry['sec_per_step']:.3f} | {entry['peak_rss_MiB']:.0f} | {ratio} | {memory} |"
         )
     return "\n".join(lines)
 
@@ -276,10 +316,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="images per task")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--no-reference", action="store_true")
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        default=["bf16-mixed/bfloat16", "32-true/float32", "reference"],
+        help="PRECISION/DTYPE of τ, with /disk for τ in a mapped file; or reference, the plain implementation",
+    )
+    parser.add_argument("--disk", default=str(ROOT / "outputs"), help="folder of the mapped file")
     parser.add_argument("--peer", help="Python of the environment that has fusion-bench")
     parser.add_argument("--peer-script", help="fusionbench_step.py")
-    parser.add_argument("--out", type=Path, help="JSON file; benchmarks/results/<device>.json by default")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="JSON file, whose rows are replaced one by one; benchmarks/results/<device>.json by default",
+    )
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -302,9 +352,23 @@ def main() -> None:
     device = re.sub(r"\W+", "-", f"{platform.machine()}-{arguments.threads}-threads").lower()
     out = arguments.out or ROOT / "benchmarks" / "results" / f"{device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"torch": torch.__version__, "passes": passes, "steps": steps}
+    record = json.loads(out.read_text()) if out.exists() else {"passes": [], "steps": []}
+    record["torch"], record["cpu"] = torch.__version__, processor()
+    for kind, new in (("passes", passes), ("steps", steps)):
+        names = ("size", "tasks", "dtype") if kind == "passes" else ("size", "tasks", "batch", "contestant")
+        found = {tuple(row[name] for name in names): row for row in [*record[kind], *new]}
+        record[kind] = list(found.values())
     out.write_text(json.dumps(record, indent=1) + "\n")
-    print(table(passes, steps))
+    print(table(record["passes"], record["steps"]))
+
+
+def processor() -> str:
+    """What the operating system calls this CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class ParameterBank:
             raise ConfigError("there is no expert to merge. Name at least one task in suite.tasks.")
         if bad := [key for key in keys if not pretrained[key].isfinite().all()]:
             raise CheckpointError(f"the pretrained model holds NaN or Inf in {shortlist(bad)}. Use another checkpoint.")
-        base = {key: pretrained[key].detach().to(dtype, copy=True).contiguous() for key in keys}
+        base = {key: pretrained[key].detach().to(dtype).contiguous() for key in keys}
         shapes = {key: tensor.shape for key, tensor in base.items()}
         task_vectors = StoredTaskVectors.empty(shapes, len(experts), stored or dtype, dtype, file)
         mismatches: list[str] = []

@@ -26,6 +26,7 @@ from adamerge.export.coefficients import SavedCoefficients, read_coefficients, w
 from adamerge.export.run import export_run
 from adamerge.files import write_text
 from adamerge.learning.fit import Learned, UserInterruptError, learn
+from adamerge.learning.schedule import Schedule
 from adamerge.merging import MergedModel
 from adamerge.methods import LearnedMethod, StaticMethod
 from adamerge.methods.static import Individual, TaskArithmetic
@@ -208,6 +209,7 @@ class Job:
                 run_dir=self.run_dir,
                 make_trainer=hydra.utils.instantiate(config.trainer),
                 optimizer=hydra.utils.instantiate(config.optimizer),
+                schedule=Schedule(**config.schedule),
                 task_weights=task_weights(config.data.task_weights, problem.bank.task_names),
                 fuse_tasks=config.data.fuse_tasks,
                 resume=config.resume is not None,

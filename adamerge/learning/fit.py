@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from adamerge.errors import AdamergeError, TrainingError
 from adamerge.files import atomic_file
 from adamerge.learning.module import CoefficientLearner, Objective
+from adamerge.learning.schedule import Schedule
 from adamerge.merging import Coefficients, MergedModel, Partition
 from adamerge.tasks.datamodule import UnlabeledImages
 
@@ -55,6 +56,7 @@ def learn(
     run_dir: Path,
     make_trainer: Callable[..., pl.Trainer],
     optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer],
+    schedule: Schedule,
     task_weights: Mapping[str, float],
     fuse_tasks: bool,
     resume: bool,
@@ -85,6 +87,7 @@ def learn(
         heads,
         task_weights=task_weights,
         optimizer=optimizer,
+        schedule=schedule,
         max_steps=trainer.max_steps,
         fuse_tasks=fuse_tasks,
         check_every=CHECKPOINT_EVERY,

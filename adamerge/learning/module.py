@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from torch.optim import Optimizer
 
 from adamerge.errors import TrainingError, shortlist
+from adamerge.learning.schedule import Schedule
 from adamerge.merging import Coefficients, MergedModel
 from adamerge.tasks.datamodule import Batch
 
@@ -31,6 +32,7 @@ class CoefficientLearner(pl.LightningModule):
         heads: Zero-shot head by task, (C, d), logit scale included.
         task_weights: Factor of each task's loss, by task.
         optimizer: Parameters → optimiser.
+        schedule: Of its rate, and of the iterates that count.
         max_steps: Rows of the history.
         fuse_tasks: All tasks in one forward pass, or one after another in the memory of one; "auto" is as ``passes``.
         check_every: Steps between two looks at the device for a loss that is not finite.
@@ -45,6 +47,7 @@ class CoefficientLearner(pl.LightningModule):
         *,
         task_weights: Mapping[str, float],
         optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer],
+        schedule: Schedule,
         max_steps: int,
         fuse_tasks: bool | Literal["auto"],
         check_every: int,
@@ -57,6 +60,7 @@ class CoefficientLearner(pl.LightningModule):
         self._heads = dict(heads)
         self._task_weights = task_weights
         self._make_optimizer = optimizer
+        self._schedule = schedule
         self._fuse_tasks = fuse_tasks
         self._check_every = check_every
         self.losses: Tensor
@@ -65,13 +69,18 @@ class CoefficientLearner(pl.LightningModule):
         self.register_buffer("losses", torch.full((max_steps, len(heads)), torch.nan))
         self.register_buffer("mean_coefficients", torch.full((max_steps, len(heads)), torch.nan))
         self.register_buffer("failed_step", torch.tensor(-1))
+        self.average: Tensor
+        self.register_buffer("average", torch.zeros_like(coefficients.raw))
 
     @property
     def model(self) -> MergedModel:
         return self._outside[0]
 
     def configure_optimizers(self) -> Optimizer:
-        return self._make_optimizer(self.coefficients.parameters())
+        optimizer = self._make_optimizer(self.coefficients.parameters())
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        return optimizer
 
     def on_fit_start(self) -> None:
         self.model.to(self.device)
@@ -79,7 +88,9 @@ class CoefficientLearner(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         step = self.trainer.global_step
-        optimizer = self.optimizers()
+        optimizer: Any = self.optimizers()
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self._schedule.factor(step, self.trainer.max_steps)
         coefficients = self.coefficients()
         groups = self._passes(batch)
         self.model.update(coefficients, single_backward=len(groups) == 1)
@@ -91,6 +102,7 @@ class CoefficientLearner(pl.LightningModule):
         for parameter, value in zip(parameters, torch.autograd.grad(coefficients, parameters, gradient), strict=True):
             parameter.grad = value
         self._guarded_step(optimizer, step, losses, gradient)
+        self._average(step)
         self.losses[step] = losses
         self.mean_coefficients[step] = coefficients.detach().mean(dim=1)
         if (step + 1) % self._check_every == 0 or step + 1 == self.trainer.max_steps:
@@ -143,6 +155,14 @@ class CoefficientLearner(pl.LightningModule):
                 parameter.copy_(torch.where(good, parameter, old))
         self.failed_step.copy_(torch.where(good | (self.failed_step >= 0), self.failed_step, step))
 
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        """Keep the mean of the iterates that count; it is the result of the last step."""
+        steps = self.trainer.max_steps
+        self.average.lerp_(self.coefficients.raw, self._schedule.weight(step, steps))
+        if step + 1 == steps:
+            self.coefficients.raw.copy_(self.average)
+
     def _report(self, step: int) -> None:
         """Every few steps the host looks: log, and stop if a loss was not finite."""
         losses = self.losses[step].tolist()
@@ -169,7 +189,7 @@ def passes(images: Mapping[str, Tensor]) -> list[list[str]]:
     Args:
         images: (B, 3, H, W) by task.
     """
-    room = 1 << 23  # pixels' values: 32 MiB of float32; the widest activation of a ViT-B/32 is as large as its input
+    room = 1 << 22  # values: 16 MiB of float32; the widest activation of a ViT-B/32 is as large as its input
     groups: list[list[str]] = []
     taken = 0
     for task, part in images.items():

@@ -14,7 +14,12 @@ from adamerge.tasks.datamodule import UnlabeledImages
 def test_two_processes_equal_one_on_the_same_global_batch(
     size: int, adamerge_process: Run, toy: Path, tmp_path: Path
 ) -> None:
-    options = ["trainer.max_steps=20", "optimizer.lr=0.01", f"data.images_per_batch={size}"]
+    options = [
+        "trainer.precision=32-true",
+        "trainer.max_steps=20",
+        "optimizer.lr=0.01",
+        f"data.images_per_batch={size}",
+    ]
     adamerge_process(*options, *on(toy, tmp_path / "one"))
     adamerge_process(*options, "trainer.devices=2", "trainer.strategy=ddp", *on(toy, tmp_path / "two"))
     one, two = (load_file(tmp_path / name / "coefficients.safetensors")["coefficients"] for name in ("one", "two"))

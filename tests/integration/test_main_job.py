@@ -13,10 +13,13 @@ from toy_suite import TASKS, make_suite
 STEPS = 12
 
 
+EXACT = ["trainer.precision=32-true", "bank.dtype=float32"]
+
+
 @pytest.fixture(scope="module")
 def run_dir(adamerge_process: Run, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "layerwise"
-    adamerge_process("method=adamerging_layerwise", f"trainer.max_steps={STEPS}", *on(toy, folder))
+    adamerge_process("method=adamerging_layerwise", f"trainer.max_steps={STEPS}", *EXACT, *on(toy, folder))
     return folder
 
 
@@ -73,7 +76,12 @@ def test_coefficients_have_one_row_per_tensor(run_dir: Path) -> None:
 def test_task_vectors_may_be_narrow_and_lie_on_disk(
     dtype: str, run_dir: Path, adamerge: Run, toy: Path, tmp_path: Path
 ) -> None:
-    options = [f"bank.dtype={dtype}", "bank.device=disk", f"paths.cache_dir={tmp_path / 'cache'}"]
+    options = [
+        "trainer.precision=32-true",
+        f"bank.dtype={dtype}",
+        "bank.device=disk",
+        f"paths.cache_dir={tmp_path / 'cache'}",
+    ]
     adamerge(
         "method=adamerging_layerwise", f"trainer.max_steps={STEPS}", *options, *on(toy, tmp_path / "run"),
     )  # fmt: skip
@@ -90,7 +98,7 @@ def test_task_vectors_may_be_narrow_and_lie_on_disk(
 
 def test_saved_coefficients_merge_without_learning(run_dir: Path, adamerge: Run, toy: Path, tmp_path: Path) -> None:
     file = run_dir / "coefficients.safetensors"
-    adamerge("method=adamerging_layerwise", f"method.coefficients={file}", *on(toy, tmp_path / "again"))
+    adamerge("method=adamerging_layerwise", f"method.coefficients={file}", *EXACT, *on(toy, tmp_path / "again"))
     before = load_file(run_dir / "merged" / "open_clip_model.safetensors")
     after = load_file(tmp_path / "again" / "merged" / "open_clip_model.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in before)
