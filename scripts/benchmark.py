@@ -18,10 +18,12 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -242,6 +244,88 @@ def _reference_step(
     return step
 
 
+def measure_accuracy(suite: str, optimizer: str, seed: int, every: int) -> dict:
+    """Mean accuracy of layer-wise AdaMerging after every few steps, with the seconds that learning took until then."""
+    import hydra.utils
+    import pytorch_lightning as pl
+
+    from adamerge.cli.config import cache_dir, compose_config, settle
+    from adamerge.cli.lightning import quiet
+    from adamerge.evaluation.evaluator import Evaluator
+    from adamerge.learning.fit import learn
+    from adamerge.learning.schedule import Schedule
+    from adamerge.tasks.datamodule import UnlabeledImages
+    from adamerge.tasks.problem import load_problem, suite_named
+
+    quiet()
+    named = ["suite=mini"] if suite == "mini" else ["suite=folder", f"suite.root='{suite}'"]
+    config, _ = compose_config("train", [f"optimizer={optimizer}", *named])
+    settle(config, learned=True)
+    cache = cache_dir(config)
+    options = {"adapt": config.data.adapt, "split_seed": config.data.split_seed, "fraction": config.data.fraction}
+    options |= {"include": [], "exclude": [], "strict_dtype": True, "device": "auto", "dtype": config.bank.dtype}
+    problem = load_problem(suite_named(config.suite.name, config.suite.root, None, cache), cache_dir=cache, **options)
+    partition, coefficients = hydra.utils.instantiate(config.method).prepare(problem.bank)
+    model = MergedModel(problem.clip.image_encoder, problem.bank, partition)
+    evaluator = Evaluator(problem, torch.device("cpu"), config.trainer.precision, config.data.eval_batch_size)
+    curve: list[tuple[int, float, float]] = []
+
+    class Scores(pl.Callback):
+        def __init__(self) -> None:
+            self.seconds, self.start = 0.0, time.perf_counter()
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+            self.seconds += time.perf_counter() - self.start
+            if trainer.global_step % every == 0 or trainer.global_step == trainer.max_steps:
+                model.update(coefficients().detach())
+                scores = [score for score in evaluator(model.weights()).values() if score is not None]
+                curve.append((trainer.global_step, self.seconds, sum(scores) / len(scores)))
+            self.start = time.perf_counter()
+
+    images = {task: part.images for task, part in problem.unlabeled.items()}
+    sizes = {name: config.data[name] for name in ("images_per_batch", "batches_per_step")}
+    with tempfile.TemporaryDirectory() as folder:
+        learn(
+            model,
+            coefficients,
+            hydra.utils.instantiate(config.objective),
+            UnlabeledImages(images, problem.adapt_indices, seed=seed, **sizes),
+            problem.heads,
+            run_dir=Path(folder),
+            make_trainer=partial(hydra.utils.instantiate(config.trainer), enable_progress_bar=False),
+            optimizer=hydra.utils.instantiate(config.optimizer),
+            schedule=Schedule(**config.schedule),
+            task_weights=dict.fromkeys(problem.bank.task_names, 1.0),
+            fuse_tasks=config.data.fuse_tasks,
+            resume=False,
+            callbacks=[Scores()],
+        )
+    return {"curve": curve}
+
+
+def compare_accuracy(arguments: argparse.Namespace) -> list[dict]:
+    """Both recipes on every suite: final accuracy, and steps and seconds until 0.3 points below the paper's recipe."""
+    rows = []
+    for suite in arguments.accuracy_of:
+        runs: dict[str, list[list]] = {}
+        for seed in range(arguments.seeds):
+            for optimizer in ("adam", "fast"):
+                task = {"suite": suite, "optimizer": optimizer, "seed": seed, "every": 10}
+                runs.setdefault(optimizer, []).append(run_alone("accuracy", task, arguments.threads)["curve"])
+        goal = sum(curve[-1][2] for curve in runs["adam"]) / arguments.seeds - 0.003
+        for optimizer, curves in runs.items():
+            mean = [
+                [sum(column) / len(curves) for column in zip(*points, strict=True)]
+                for points in zip(*curves, strict=True)
+            ]
+            reached = next((point for point in mean if point[2] >= goal), [None, None])
+            row = {"suite": Path(suite).name, "optimizer": optimizer, "seeds": arguments.seeds}
+            row |= {"steps": mean[-1][0], "seconds": mean[-1][1], "accuracy": mean[-1][2]}
+            rows.append(row | {"steps_to_goal": reached[0], "seconds_to_goal": reached[1]})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
 def in_process(command: list[str]) -> dict:
     """The last line that a process prints, as JSON."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -281,7 +365,7 @@ def run_alone(what: str, task: dict, threads: int) -> dict:
     return in_process([sys.executable, __file__, "--threads", str(threads), "--alone", what, json.dumps(task)])
 
 
-def table(passes: list[dict], steps: list[dict]) -> str:
+def table(passes: list[dict], steps: list[dict], accuracy: list[dict]) -> str:
     """Everything in Markdown."""
     lines = ["| τ | K | partition | merge, % of copy | gradient, % of copy |", "|---|--:|---|--:|--:|"]
     for entry in passes:
@@ -300,6 +384,14 @@ def table(passes: list[dict], steps: list[dict]) -> str:
         lines.append(
             f"| {entry['size']} | {entry['tasks']} × {entry['batch']} | {entry['contestant']} | "
             f"{entry['sec_per_step']:.3f} | {entry['peak_rss_MiB']:.0f} | {ratio} | {memory} |"
+        )
+    lines += ["", "| suite | recipe | seeds | steps | seconds | accuracy, % | steps to goal | seconds to goal |"]
+    lines += ["|---|---|--:|--:|--:|--:|--:|--:|"]
+    for entry in accuracy:
+        goal = [f"{entry[name]:.0f}" if entry[name] else "–" for name in ("steps_to_goal", "seconds_to_goal")]
+        lines.append(
+            f"| {entry['suite']} | {entry['optimizer']} | {entry['seeds']} | {entry['steps']:.0f} | "
+            f"{entry['seconds']:.0f} | {100 * entry['accuracy']:.2f} | {' | '.join(goal)} |"
         )
     return "\n".join(lines)
 
@@ -322,6 +414,8 @@ def main() -> None:
         default=["bf16-mixed/bfloat16", "32-true/float32", "reference"],
         help="PRECISION/DTYPE of τ, with /disk for τ in a mapped file; or reference, the plain implementation",
     )
+    parser.add_argument("--accuracy-of", nargs="*", default=[], help="mini, or folders of suites: accuracy over steps")
+    parser.add_argument("--seeds", type=int, default=5, help="of --accuracy-of")
     parser.add_argument("--disk", default=str(ROOT / "outputs"), help="folder of the mapped file")
     parser.add_argument("--peer", help="Python of the environment that has fusion-bench")
     parser.add_argument("--peer-script", help="fusionbench_step.py")
@@ -335,7 +429,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     if arguments.alone:
-        measure = {"step": measure_step, "passes": measure_passes}[arguments.alone[0]]
+        measure = {"step": measure_step, "passes": measure_passes, "accuracy": measure_accuracy}[arguments.alone[0]]
         print(json.dumps(measure(**json.loads(arguments.alone[1]))))
         return
     if bool(arguments.peer) != bool(arguments.peer_script):
@@ -349,17 +443,22 @@ def main() -> None:
                 passes.append(run_alone("passes", task, arguments.threads))
                 print(json.dumps(passes[-1]), flush=True)
     steps = compare_steps(arguments)
+    accuracy = compare_accuracy(arguments)
     device = re.sub(r"\W+", "-", f"{platform.machine()}-{arguments.threads}-threads").lower()
     out = arguments.out or ROOT / "benchmarks" / "results" / f"{device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    record = json.loads(out.read_text()) if out.exists() else {"passes": [], "steps": []}
+    record = json.loads(out.read_text()) if out.exists() else {}
     record["torch"], record["cpu"] = torch.__version__, processor()
-    for kind, new in (("passes", passes), ("steps", steps)):
-        names = ("size", "tasks", "dtype") if kind == "passes" else ("size", "tasks", "batch", "contestant")
-        found = {tuple(row[name] for name in names): row for row in [*record[kind], *new]}
+    identities = {
+        "passes": ("size", "tasks", "dtype"),
+        "steps": ("size", "tasks", "batch", "contestant"),
+        "accuracy": ("suite", "optimizer"),
+    }
+    for (kind, names), new in zip(identities.items(), (passes, steps, accuracy), strict=True):
+        found = {tuple(row[name] for name in names): row for row in [*record.get(kind, []), *new]}
         record[kind] = list(found.values())
     out.write_text(json.dumps(record, indent=1) + "\n")
-    print(table(record["passes"], record["steps"]))
+    print(table(record["passes"], record["steps"], record["accuracy"]))
 
 
 def processor() -> str:

@@ -47,7 +47,7 @@ class ParameterBank:
         """Read the experts one at a time; never hold more than one beside the bank.
 
         Args:
-            pretrained: The full pretrained state dict, as stored.
+            pretrained: The full pretrained state dict, as stored; the bank shares its tensors of ``dtype``.
             experts: Per task a checkpoint file or a state dict: a full CLIP or its image tower alone.
             keys: What to merge.
             strict_dtype: Whether an expert must be stored in the pretrained model's dtypes.

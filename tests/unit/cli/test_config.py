@@ -104,6 +104,15 @@ def test_the_papers_settings_are_the_defaults() -> None:
     assert (ties.method.density, ties.method.aggregation, ties.method.scaling) == (0.2, "sum", 0.3)
 
 
+def test_the_fast_recipe_owns_steps_rate_and_schedule_and_the_command_line_beats_it() -> None:
+    config, _ = compose_config("train", ["optimizer=fast"])
+    assert config.trainer.max_steps == config.schedule.steps <= 60
+    assert config.schedule.decay == "cosine"
+    assert config.optimizer.lr > 1e-3
+    config, _ = compose_config("train", ["optimizer=fast", "optimizer.lr=0.5", "trainer.max_steps=9"])
+    assert (config.optimizer.lr, config.trainer.max_steps) == (0.5, 9)
+
+
 def test_the_number_of_batches_follows_the_number_of_steps() -> None:
     config, _ = compose_config("train", ["trainer.max_steps=7"])
     assert config.trainer.limit_train_batches == 7
