@@ -189,8 +189,8 @@ class Job:
             model.update(saved.coefficients)
             return model.weights(), saved, None
         partition, coefficients = method.prepare(bank)
-        model = MergedModel(problem.clip.image_encoder, bank, partition)
         config = self.config
+        model = MergedModel(problem.clip.image_encoder, bank, partition, compiled=config.model.compile)
         data = UnlabeledImages(
             {task: images.images for task, images in problem.unlabeled.items()},
             problem.adapt_indices,

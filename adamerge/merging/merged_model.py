@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adamerge.bank import ParameterBank
-from adamerge.errors import KeyMismatchError, shortlist
+from adamerge.errors import ConfigError, KeyMismatchError, shortlist
 from adamerge.merging.merge import Contraction, check_coefficients, contract, merge_into
 from adamerge.merging.partition import Partition
+
+_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 class MergedModel:
@@ -24,12 +26,17 @@ class MergedModel:
         network: Frozen; its parameter names include the bank's keys.
         bank: θ₀ and τ.
         partition: Groups of the coefficients.
+        compiled: A mode of ``torch.compile`` for the network (``default``, ``reduce-overhead``, which is CUDA graphs,
+            ``max-autotune``); None to run it as it is.
 
     Raises:
         KeyMismatchError: If the network lacks a key of the bank.
+        ConfigError: If there is no such mode.
     """
 
-    def __init__(self, network: nn.Module, bank: ParameterBank, partition: Partition) -> None:
+    def __init__(
+        self, network: nn.Module, bank: ParameterBank, partition: Partition, *, compiled: str | None = None
+    ) -> None:
         if missing := bank.pretrained.keys() - dict(network.named_parameters()).keys():
             raise KeyMismatchError(
                 f"the network has no parameters named {shortlist(missing)}. "
@@ -38,6 +45,11 @@ class MergedModel:
         self.network = network
         self.bank = bank
         self.partition = partition
+        self._call = functional_call
+        if compiled is not None:
+            if compiled not in _MODES:
+                raise ConfigError(f"model.compile: expected null or one of {', '.join(_MODES)}, found '{compiled}'.")
+            self._call = torch.compile(functional_call, mode=compiled)
         self._leaves: dict[str, Tensor] = {}
         self._contraction: Contraction | None = None
 
@@ -79,7 +91,7 @@ class MergedModel:
         """
         if not self._leaves:
             raise RuntimeError("nothing has been merged yet. Call update(coefficients) first.")
-        return functional_call(self.network, self._leaves, args)
+        return self._call(self.network, self._leaves, args)
 
     def coefficient_gradient(self) -> Tensor:
         """∂L/∂λ, (K, G), of all losses that were back-propagated since the last ``update``."""

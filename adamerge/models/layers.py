@@ -66,7 +66,7 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     AMD's processors.
     """
     plain = inputs.dtype == weight.dtype == torch.float32 and inputs.device.type == "cpu"
-    if plain and _HAS_ONEDNN and not torch.is_autocast_enabled("cpu"):
+    if plain and _HAS_ONEDNN and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
         return _Linear.apply(inputs, weight, bias)  # pyright: ignore[reportReturnType]
     return torch_linear(inputs, weight, bias)
 

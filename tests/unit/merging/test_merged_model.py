@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from unit.zoo import Zoo
 
-from adamerge.errors import KeyMismatchError, ShapeError
+from adamerge.errors import ConfigError, KeyMismatchError, ShapeError
 from adamerge.merging import CONSTRAINTS, Coefficients, MergedModel, Partition, merge
+from adamerge.merging.kernels import can_generate
 from adamerge.objectives import softmax_entropy
 
 GRANULARITIES = ["task", "tensor", "block", "chunk(3)"]
@@ -270,3 +271,24 @@ def test_a_network_without_the_banks_parameters_is_refused(zoo: Zoo) -> None:
 def test_a_call_before_the_first_update_is_refused(zoo: Zoo, model: MergedModel) -> None:
     with pytest.raises(RuntimeError, match="update"):
         model(zoo.batches[0][0][0])
+
+
+@pytest.mark.skipif(not can_generate(), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_network_gives_the_same_gradient(zoo64: Zoo) -> None:
+    partition = Partition.build("tensor", zoo64.bank.shapes)
+    found = []
+    for compiled in (None, "default"):
+        model = MergedModel(zoo64.network, zoo64.bank, partition, compiled=compiled)
+        for factor in (0.1, 0.3):  # the second with other weights in the same tensors
+            model.update(torch.full((zoo64.bank.num_tasks, partition.num_groups), factor, dtype=torch.float64))
+            entropy_loss(model, zoo64).backward()
+            found.append(model.coefficient_gradient())
+    eager, compiled = found[:2], found[2:]
+    torch.testing.assert_close(compiled, eager, rtol=1e-8, atol=1e-12)
+    assert not torch.allclose(*eager)
+
+
+def test_an_unknown_mode_of_compilation_is_refused(zoo: Zoo) -> None:
+    partition = Partition.build("tensor", zoo.bank.shapes)
+    with pytest.raises(ConfigError, match=r"model\.compile: expected null or one of default, .*found 'fast'"):
+        MergedModel(zoo.network, zoo.bank, partition, compiled="fast")
