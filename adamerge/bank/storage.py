@@ -46,19 +46,15 @@ class Rows:
         scales = None if self.scales is None else self.scales.to(device, non_blocking=True)
         return Rows(self.values.to(device, non_blocking=True), scales)
 
-    def cut(self, start: int, stop: int) -> Iterator[tuple[slice, "Rows"]]:
-        """Entries ``start`` to ``stop`` of the flattened rows, as whole rows and what is left at either end."""
+    def part(self, run: slice) -> "Rows":
+        """Some whole rows, or entries within one row, by their place among the flattened R·C."""
         columns = self.values.shape[2]
-        while start < stop:
-            row, offset = divmod(start, columns)
-            last = max(row + 1, stop // columns) if not offset else row + 1
-            end = min(stop, last * columns)
-            if end - start < columns:
-                part = self.values[:, row : row + 1, offset : offset + end - start]
-            else:
-                part = self.values[:, row:last]
-            yield slice(start, end), Rows(part, None if self.scales is None else self.scales[:, row:last])
-            start = end
+        first, offset = divmod(run.start, columns)
+        rows = slice(first, max(first + 1, run.stop // columns))
+        scales = None if self.scales is None else self.scales[:, rows]
+        if run.stop - run.start < columns:
+            return Rows(self.values[:, rows, offset : offset + run.stop - run.start], scales)
+        return Rows(self.values[:, rows], scales)
 
     def widened(self, dtype: torch.dtype, block: int) -> Iterator[tuple[slice, Tensor]]:
         """Runs of about ``block`` of the n = R·C entries, each with its task vectors (K, run) in ``dtype``."""

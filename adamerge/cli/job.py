@@ -290,7 +290,7 @@ def check_coefficients_fit(
             f"{file} holds coefficients of {', '.join(saved.task_names)}, but the tasks are "
             f"{', '.join(bank.task_names)}. Merge the same tasks in the same order with suite.tasks=[…]."
         )
-    if tuple(saved.partition.segments) != tuple(bank.pretrained):
+    if saved.partition.sizes.keys() != bank.pretrained.keys():
         raise ConfigError(f"{file} covers other tensors than are merged here. Use the same model.include/exclude.")
     if saved.transform != transform:
         raise ConfigError(

@@ -100,6 +100,7 @@ def read_coefficients(path: Path) -> SavedCoefficients:
     except (KeyError, TypeError, ValueError, ShapeError) as error:
         raise CheckpointError(f"the coefficients file {path} contradicts itself or lacks a part: {error}.") from error
     groups = [group for runs in saved.partition.segments.values() for _, _, group in runs]
+    groups += [group for s in saved.partition.scattered.values() for group in (s.first, s.first + s.count - 1)]
     if any(group not in range(saved.partition.num_groups) for group in groups):
         raise CheckpointError(f"the coefficients file {path} contradicts itself: its partition names unknown groups.")
     if not torch.isfinite(tensor).all():

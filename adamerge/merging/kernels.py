@@ -2,7 +2,7 @@
 
 Large tensors on the CPU go through loops that torch.compile generates (no full-size temporary, narrow τ widened in
 registers); small ones, other devices and machines without a C++ compiler take torch's own operations, which are
-also the oracle of the tests. Generated loops work on rows: a tensor is (R, C), R its first dimension, with one factor
+also the oracle of the tests. Loops work on rows: a tensor is (R, C), R its first dimension, with one factor
 per row and task, so that groups of whole rows and an int8 τ, which has a scale per row, need no loop of their own.
 """
 
@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from adamerge.bank.storage import Rows
-from adamerge.merging.partition import Segment
+from adamerge.merging.partition import Scattered, Segments
 
 SMALL = 1 << 20
 """Entries of τ below which a generated loop saves less than its compilation costs."""
 
 _BLOCK = 1 << 15
-"""Entries of one task that are widened at a time: a float64 block of eight tasks stays in a CPU core's cache."""
+"""A float64 block of eight tasks stays in a CPU core's cache."""
 
 _AT_ONCE = 8
 """Tasks per generated loop: as many streams as a core reads ahead."""
 
 
 def add_task_vectors(
-    out: Tensor, base: Tensor, task_vectors: Rows, weights: Tensor, segments: Sequence[Segment]
+    out: Tensor, base: Tensor, task_vectors: Rows, weights: Tensor, groups: Segments | Scattered
 ) -> None:
     """out[p] ← base[p] + Σ_k weights[k, g(p)] · τ_k[p].
 
@@ -37,42 +37,84 @@ def add_task_vectors(
         base: (n,), of the same dtype.
         task_vectors: K tasks of n entries.
         weights: (K, G), dtype of ``base``.
-        segments: The map g.
+        groups: The map g.
     """
     for some, factors in _by_tasks(task_vectors, weights, out.device):
-        for run, part, groups in _runs(some, segments):
-            if isinstance(groups, Tensor):
-                rows, columns = part.values.shape[1:]
-                scaled = factors[:, groups] if part.scales is None else factors[:, groups] * part.scales  # (K, R)
-                views = out[run].view(rows, columns), base[run].view(rows, columns)
-                _loop("add", len(factors))(*views, part.values, scaled)
-            else:
-                block = run.stop - run.start if part.values.dtype == base.dtype else _BLOCK
-                for piece, wide in part.widened(base.dtype, block):
-                    torch.addmv(base[run][piece], wide.t(), factors[:, groups], out=out[run][piece])
+        if isinstance(groups, Scattered):
+            for piece, wide in some.widened(base.dtype, _block(out)):
+                of_entry = factors[:, groups.groups(piece.start, piece.stop, out.device)]
+                torch.add(base[piece], (of_entry * wide).sum(0), out=out[piece])
+        else:
+            for run, part, of_rows in _runs(some, groups):
+                _add_rows(out[run], base[run], part, factors[:, of_rows])
         base = out
 
 
-def contract_task_vectors(task_vectors: Rows, gradient: Tensor, segments: Sequence[Segment], total: Tensor) -> None:
+def contract_task_vectors(task_vectors: Rows, gradient: Tensor, groups: Segments | Scattered, total: Tensor) -> None:
     """total[g, k] += Σ_{p: g(p) = g} τ_k[p] · gradient[p].
 
     Args:
         task_vectors: K tasks of n entries.
         gradient: (n,).
-        segments: The map g.
+        groups: The map g.
         total: (G, K), float64 where the device has it: λ's gradient is a sum over up to millions of terms that nearly
             cancel. Generated loops hand over sums of single rows, in float32.
     """
-    block = _BLOCK if gradient.device.type == "cpu" else 1 << 21
     for some, sums in _by_tasks(task_vectors, total.t(), gradient.device):
-        for run, part, groups in _runs(some, segments):
-            if isinstance(groups, Tensor):
-                rows = gradient[run].to(torch.float32).view(part.values.shape[1:])
-                per_row = _loop("contract", len(sums))(part.values, rows).to(total.dtype)  # (K, R)
-                sums.index_add_(1, groups, per_row if part.scales is None else per_row * part.scales)
-            else:
-                for piece, wide in part.widened(total.dtype, block):
-                    sums[:, groups] += wide.mv(gradient[run][piece].to(total.dtype))
+        if isinstance(groups, Scattered):
+            for piece, wide in some.widened(total.dtype, _block(gradient)):
+                of_entry = groups.groups(piece.start, piece.stop, gradient.device)
+                sums.index_add_(1, of_entry, wide * gradient[piece].to(total.dtype))
+        else:
+            for run, part, of_rows in _runs(some, groups):
+                sums_of_rows = _contract_rows(part, gradient[run], total.dtype, one=isinstance(of_rows, int))
+                if isinstance(of_rows, int):
+                    sums[:, of_rows] += sums_of_rows[:, 0]
+                else:
+                    sums.index_add_(1, of_rows, sums_of_rows)
+
+
+def _add_rows(out: Tensor, base: Tensor, part: Rows, factors: Tensor) -> None:
+    """out ← base + Σ_k factors · τ_k, for whole rows or a piece of one; factors (K, R), or (K,) for all rows."""
+    num_tasks, rows, columns = part.values.shape
+    if _generated(part.values):
+        factors = factors if factors.dim() == 2 else factors[:, None].expand(num_tasks, rows)
+        factors = factors if part.scales is None else factors * part.scales
+        _loop("add", num_tasks)(out.view(rows, columns), base.view(rows, columns), part.values, factors)
+    elif factors.dim() == 1:
+        block = len(out) if part.values.dtype == base.dtype else _block(out)
+        for piece, wide in part.widened(base.dtype, block):
+            torch.addmv(base[piece], wide.t(), factors, out=out[piece])
+    else:
+        factors = factors if part.scales is None else factors * part.scales.to(factors)
+        torch.addcmul(
+            base.view(rows, columns), factors[0, :, None], part.values[0].to(base.dtype), out=out.view(rows, columns)
+        )
+        for factor, values in zip(factors[1:], part.values[1:], strict=True):
+            out.view(rows, columns).addcmul_(factor[:, None], values.to(base.dtype))
+
+
+def _contract_rows(part: Rows, gradient: Tensor, dtype: torch.dtype, *, one: bool) -> Tensor:
+    """Σ τ_k · gradient over the columns (K, R); with ``one`` over all entries, (K, 1)."""
+    num_tasks, rows, columns = part.values.shape
+    if _generated(part.values):
+        narrow = gradient.to(torch.float32).view(rows, columns)
+        sums = _loop("contract", num_tasks)(part.values, narrow).to(dtype)
+        sums = sums if part.scales is None else sums * part.scales
+        return sums.sum(1, keepdim=True) if one else sums
+    if one:
+        total = gradient.new_zeros(num_tasks, 1, dtype=dtype)
+        for piece, wide in part.widened(dtype, _block(gradient)):
+            total[:, 0] += wide.mv(gradient[piece].to(dtype))
+        return total
+    wide = gradient.view(rows, columns).to(dtype)
+    sums = torch.stack([(values.to(dtype) * wide).sum(1) for values in part.values])
+    return sums if part.scales is None else sums * part.scales
+
+
+def _block(tensor: Tensor) -> int:
+    """Entries of one task that are widened at a time: on the CPU as many as stay in a core's cache."""
+    return _BLOCK if tensor.device.type == "cpu" else 1 << 21
 
 
 def _by_tasks(task_vectors: Rows, columns: Tensor, device: torch.device) -> Iterator[tuple[Rows, Tensor]]:
@@ -81,36 +123,43 @@ def _by_tasks(task_vectors: Rows, columns: Tensor, device: torch.device) -> Iter
         yield some.to(device), part
 
 
-def _runs(task_vectors: Rows, segments: Sequence[Segment]) -> Iterator[tuple[slice, Rows, Tensor | int]]:
-    """Entries, their task vectors, and their groups: one group per row for a generated loop, else one for all."""
-    values = task_vectors.values
-    num_tasks, _, columns = values.shape
-    if not _generated(values):
-        if task_vectors.scales is None:  # rows mean nothing: take each segment in one piece
-            task_vectors = Rows(values.reshape(num_tasks, 1, -1), None)
-        for start, stop, group in segments:
-            for run, part in task_vectors.cut(start, stop):
-                yield run, part, group
-        return
-    waiting: list[tuple[slice, int]] = []  # whole rows, to be taken together with their neighbours
+def _runs(task_vectors: Rows, segments: Segments) -> Iterator[tuple[slice, Rows, Tensor | int]]:
+    """Entries, their task vectors and their groups: one for all of them, or one per row."""
+    device, columns = task_vectors.values.device, task_vectors.values.shape[2]
+    if (columns, device) not in segments.plans:
+        segments.plans[columns, device] = list(_plan(segments, columns, device))
+    for run, groups in segments.plans[columns, device]:
+        yield run, task_vectors.part(run), groups
+
+
+def _plan(segments: Segments, columns: int, device: torch.device) -> Iterator[tuple[slice, Tensor | int]]:
+    """Cut segments into whole rows and pieces of rows; neighbouring segments of whole rows go together."""
+    waiting: list[tuple[int, int, int]] = []
     for start, stop, group in segments:
-        for run, part in task_vectors.cut(start, stop):
-            if (run.stop - run.start) % columns == 0:
-                waiting.append((run, group))
-                continue
-            if waiting:
-                yield _together(task_vectors, waiting)
+        while start < stop:
+            whole, offset = stop // columns * columns, start % columns
+            end = whole if not offset and whole > start else min(stop, start - offset + columns)
+            if not offset and end == whole:
+                waiting.append((start, end, group))
+            else:
+                yield from _together(waiting, columns, device)
                 waiting = []
-            yield run, part, group
-    if waiting:
-        yield _together(task_vectors, waiting)
+                yield slice(start, end), group
+            start = end
+    yield from _together(waiting, columns, device)
 
 
-def _together(task_vectors: Rows, runs: Sequence[tuple[slice, int]]) -> tuple[slice, Rows, Tensor]:
+def _together(
+    runs: Sequence[tuple[int, int, int]], columns: int, device: torch.device
+) -> Iterator[tuple[slice, Tensor | int]]:
     """Neighbouring runs of whole rows as one, with the group of each row."""
-    ((run, part),) = task_vectors.cut(runs[0][0].start, runs[-1][0].stop)
-    counts = torch.tensor([(run.stop - run.start) // task_vectors.values.shape[2] for run, _ in runs])
-    return run, part, torch.tensor([group for _, group in runs]).repeat_interleave(counts)
+    if len(runs) == 1:
+        ((start, stop, group),) = runs
+        yield slice(start, stop), group
+    elif runs:
+        counts = torch.tensor([(stop - start) // columns for start, stop, _ in runs])
+        groups = torch.tensor([group for _, _, group in runs]).repeat_interleave(counts)
+        yield slice(runs[0][0], runs[-1][1]), groups.to(device)
 
 
 def _generated(values: Tensor) -> bool:

@@ -44,7 +44,7 @@ def merge_into(
     weights = coefficients.detach()
     for key, base in bank.pretrained.items():
         rows = Rows.of(bank.task_vectors, key)
-        add_task_vectors(out[key].view(-1), base.reshape(-1), rows, weights.to(base), partition.segments[key])
+        add_task_vectors(out[key].view(-1), base.reshape(-1), rows, weights.to(base), partition.of(key))
     return out
 
 
@@ -86,7 +86,7 @@ class Contraction:
     def add(self, key: str, gradient: Tensor) -> None:
         """Take one tensor's ∂L/∂θ, of its shape."""
         rows = Rows.of(self._bank.task_vectors, key)
-        contract_task_vectors(rows, gradient.reshape(-1), self._partition.segments[key], self._total)
+        contract_task_vectors(rows, gradient.reshape(-1), self._partition.of(key), self._total)
 
     def result(self) -> Tensor:
         """The sum over what was added, (K, G)."""
@@ -101,7 +101,7 @@ def check_coefficients(bank: ParameterBank, coefficients: Tensor, partition: Par
             f"coefficients have shape {tuple(coefficients.shape)}, expected {expected}: one row per task and one "
             f"column per group of granularity '{partition.granularity}'."
         )
-    sizes = {key: runs[-1][1] for key, runs in partition.segments.items()}
+    sizes = partition.sizes
     if bad := [key for key, base in bank.pretrained.items() if sizes.get(key) != base.numel()]:
         raise ShapeError(
             f"the partition does not cover {shortlist(bad)}: it was built for other tensors. "

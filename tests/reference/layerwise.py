@@ -7,6 +7,7 @@ Rule (SPECS A1): θ(λ) = θ₀ + Σ_k c(λ_k) τ_k with c the clip to [0, 1] (o
 mean_images H(softmax(W_k f̂_θ(x))), one Adam step on λ. The task's head W_k carries CLIP's logit scale already.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -39,17 +40,34 @@ def groups_of(theta0: Weights, granularity: str) -> tuple[list[str], dict[str, l
         return [str(level) for level in levels], {
             key: [(tensor.numel(), levels.index(depth[key]))] for key, tensor in theta0.items()
         }
-    count = int(granularity.removeprefix("chunk(").removesuffix(")"))
     names: list[str] = []
     pieces: dict[str, list[tuple[int, int]]] = {}
+    if granularity.startswith("random"):
+        for key, tensor in theta0.items():
+            count = min(int(granularity.removeprefix("random(").removesuffix(")")), tensor.numel())
+            pieces[key] = [(1, len(names) + _draw(key, entry, count)) for entry in range(tensor.numel())]
+            names += [f"{key}[{i}]" for i in range(count)]
+        return names, pieces
     for key, tensor in theta0.items():
         size = tensor.numel()
+        if granularity == "row":
+            count = len(tensor) if tensor.dim() > 1 else 1
+        else:
+            count = int(granularity.removeprefix("chunk(").removesuffix(")"))
         cuts = sorted({size * i // count for i in range(count + 1)})  # a set: short tensors have fewer chunks
         pieces[key] = []
         for start, stop in pairwise(cuts):
             pieces[key].append((stop - start, len(names)))
             names.append(f"{key}[{len(pieces[key]) - 1}]")
     return names, pieces
+
+
+def _draw(key: str, entry: int, count: int) -> int:
+    """SplitMix64's number ``entry`` of the stream that SHA-256 of seed 0 and the key starts, modulo ``count``."""
+    z = (entry * 0x9E3779B97F4A7C15 + int.from_bytes(hashlib.sha256(f"0/{key}".encode()).digest()[:7], "big")) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return ((z ^ z >> 31) >> 32) % count
 
 
 def _depth(key: str, theta0: Weights) -> int:

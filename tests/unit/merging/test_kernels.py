@@ -9,14 +9,16 @@ from torch import Tensor
 from adamerge.bank.storage import DTYPES, Rows
 from adamerge.merging import kernels
 from adamerge.merging.kernels import add_task_vectors, can_generate, contract_task_vectors
+from adamerge.merging.partition import Scattered, Segments
 
 SHAPES = [(11, 7, 200), (3, 40, 96)]
 """(K, R, C): eight tasks and three go through one loop each."""
 
 SEGMENTS = {
-    "one": lambda size: [(0, size, 0)],
-    "rows": lambda size: [(0, 3 * 200, 2), (3 * 200, size, 0)],
-    "any": lambda size: [(0, 7, 1), (7, 811, 0), (811, 812, 2), (812, size, 1)],
+    "one": lambda size: Segments([(0, size, 0)]),
+    "rows": lambda size: Segments([(0, 3 * 200, 2), (3 * 200, size, 0)]),
+    "any": lambda size: Segments([(0, 7, 1), (7, 811, 0), (811, 812, 2), (812, size, 1)]),
+    "random": lambda size: Scattered(size, 0, 3, 0, "key"),
 }
 
 
@@ -43,6 +45,12 @@ def make_rows(dtype: str, shape: tuple[int, int, int]) -> tuple[Rows, Tensor]:
     return Rows(values, None), values.double()
 
 
+def groups_of_entries(cuts: Segments | Scattered) -> Tensor:
+    if isinstance(cuts, Scattered):
+        return cuts.groups(0, cuts.size)
+    return torch.cat([torch.full((stop - start,), group) for start, stop, group in cuts])
+
+
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -54,7 +62,7 @@ def test_sums_of_task_vectors(dtype: str, shape: tuple[int, int, int], segments:
     before, out = base.clone(), torch.full_like(base, torch.nan)
     cuts = SEGMENTS[segments](base.numel())
     add_task_vectors(out, base, rows, weights, cuts)
-    groups = torch.cat([torch.full((stop - start,), group) for start, stop, group in cuts])
+    groups = groups_of_entries(cuts)
     terms = weights.double()[:, groups] * exact.flatten(1)
     magnitude = base.double().abs() + terms.abs().sum(0)
     assert ((out - base.double() - terms.sum(0)).abs() <= 3e-7 * magnitude).all()
@@ -73,9 +81,10 @@ def test_inner_products_with_task_vectors(dtype: str, shape: tuple[int, int, int
     contract_task_vectors(rows, gradient, cuts, found)
     products = exact.flatten(1) * gradient.double()
     expected, size = torch.ones_like(found), torch.zeros_like(found)
-    for start, stop, group in cuts:
-        expected[group] += products[:, start:stop].sum(1)
-        size[group] += products[:, start:stop].abs().sum(1)
+    for group in range(3):
+        mine = products[:, groups_of_entries(cuts) == group]
+        expected[group] += mine.sum(1)
+        size[group] += mine.abs().sum(1)
     assert ((found - expected).abs() <= 2e-7 * size).all()
 
 
@@ -92,7 +101,7 @@ def test_large_tensors_take_generated_loops_and_small_ones_do_not(
     monkeypatch.setattr(kernels, "_loop", loop)
     monkeypatch.setattr(kernels, "can_generate", lambda: True)
     rows, _ = make_rows("bfloat16", shape)
-    out, weights, segments = torch.empty(4 * 64), torch.ones(shape[0], 2), [(0, 64, 0), (64, 256, 1)]
+    out, weights, segments = torch.empty(4 * 64), torch.ones(shape[0], 2), Segments([(0, 64, 0), (64, 256, 1)])
     add_task_vectors(out, out.clone(), rows, weights, segments)
     assert not calls
     monkeypatch.setattr(kernels, "SMALL", 1)

@@ -14,7 +14,7 @@ from adamerge.errors import ShapeError
 from adamerge.merging import Partition, contract, merge
 from adamerge.merging.merge import merge_into
 
-GRANULARITIES = ["task", "tensor", "block", "chunk(3)"]
+GRANULARITIES = ["task", "tensor", "block", "chunk(3)", "row", "random(3)"]
 EPSILON = torch.finfo(torch.float32).eps
 SHAPES = {
     "visual.conv1.weight": (3, 2, 1, 2),

@@ -15,14 +15,15 @@ from adamerge.merging import CONSTRAINTS, Coefficients, MergedModel, Partition, 
 from adamerge.merging.kernels import can_generate
 from adamerge.objectives import softmax_entropy
 
-GRANULARITIES = ["task", "tensor", "block", "chunk(3)"]
+GRANULARITIES = ["task", "tensor", "block", "chunk(3)", "row", "random(3)"]
 MATHEMATICALLY_ZERO = ("resblocks.0.in_proj.bias[1]", "resblocks.1.in_proj.bias[1]")
 """The key third of a packed bias: it adds the same to all of a query's attention logits, so softmax does not see it."""
 
 
 def seeing(partition: Partition) -> Tensor:
     """Which groups can have a gradient at all, (G,)."""
-    return torch.tensor([not name.endswith(MATHEMATICALLY_ZERO) for name in partition.groups])
+    in_runs = partition.granularity.startswith("chunk")
+    return torch.tensor([not (in_runs and name.endswith(MATHEMATICALLY_ZERO)) for name in partition.groups])
 
 
 def entropy_loss(call: Callable[[Tensor], Tensor], zoo: Zoo, step: int = 0) -> Tensor:

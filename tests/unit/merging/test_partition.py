@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import layerwise
 
 from adamerge.errors import ConfigError
 from adamerge.merging import Partition
@@ -25,6 +27,8 @@ granularities = st.one_of(st.sampled_from(["task", "tensor", "block"]), st.integ
 
 def group_of_entries(partition: Partition, key: str) -> list[int]:
     """The group of every entry of the flattened tensor, in order."""
+    if key in partition.scattered:
+        return partition.scattered[key].groups(0, partition.sizes[key]).tolist()
     return [group for start, stop, group in partition.segments[key] for _ in range(start, stop)]
 
 
@@ -62,7 +66,7 @@ def test_chunks_of_a_tensor_differ_by_one_entry_at_most() -> None:
         "short": ((0, 1, 3), (1, 2, 4)),
         "scalar": ((0, 1, 5),),
     }
-    assert partition.groups == ("long[0]", "long[1]", "long[2]", "short[0]", "short[1]", "scalar[0]")
+    assert partition.groups == ("long[0]", "long[1]", "long[2]", "short[0]", "short[1]", "scalar")
 
 
 def test_one_chunk_is_the_tensor_granularity() -> None:
@@ -94,15 +98,51 @@ def test_chunk_lengths_are_balanced(lengths: list[int], count: int) -> None:
         assert max(pieces) - min(pieces) <= 1
 
 
-@pytest.mark.parametrize("granularity", ["task", "tensor", "block", "chunk(3)"])
+def test_a_row_is_an_output_channel_and_a_vector_is_one_row() -> None:
+    partition = Partition.build("row", {"matrix": (3, 4), "vector": (5,), "filters": (2, 3, 2, 2)})
+    assert partition.segments == {
+        "matrix": ((0, 4, 0), (4, 8, 1), (8, 12, 2)),
+        "vector": ((0, 5, 3),),
+        "filters": ((0, 12, 4), (12, 24, 5)),
+    }
+    assert partition.groups == ("matrix[0]", "matrix[1]", "matrix[2]", "vector", "filters[0]", "filters[1]")
+
+
+def test_random_groups_are_equally_likely_and_depend_on_seed_and_key_alone() -> None:
+    shapes = {"a": (200, 100), "b": (200, 100), "short": (2,)}
+    partition = Partition.build("random(4)", shapes)
+    found = {key: torch.tensor(group_of_entries(partition, key)) for key in shapes}
+    assert torch.bincount(found["a"]).tolist() == pytest.approx([5000] * 4, rel=0.05)
+    assert found["b"].unique().tolist() == [4, 5, 6, 7]
+    pairs = torch.bincount(found["a"] * 4 + found["b"] - 4, minlength=16)
+    assert pairs.tolist() == pytest.approx([1250] * 16, rel=0.15)  # independent of each other
+    neighbours = torch.bincount(found["a"][1:] * 4 + found["a"][:-1], minlength=16)
+    assert neighbours.tolist() == pytest.approx([1250] * 16, rel=0.15)
+    assert set(found["short"].tolist()) <= {8, 9}
+    other = Partition.build("random(4)", shapes, seed=1)
+    assert torch.tensor(group_of_entries(other, "a")).ne(found["a"]).float().mean().item() == pytest.approx(
+        0.75, abs=0.02
+    )
+    piece = partition.scattered["a"].groups(777, 1999)
+    assert torch.equal(piece, found["a"][777:1999])
+
+
+def test_random_groups_are_those_of_splitmix64() -> None:
+    _, pieces = layerwise.groups_of({"a": torch.empty(4096)}, "random(1000)")
+    assert group_of_entries(Partition.build("random(1000)", {"a": (4096,)}), "a") == [group for _, group in pieces["a"]]
+
+
+@pytest.mark.parametrize("granularity", ["task", "tensor", "block", "chunk(3)", "row", "random(3)"])
 def test_json_gives_back_an_equal_partition(granularity: str) -> None:
     partition = Partition.build(granularity, SHAPES)
     assert Partition.from_json(json.loads(json.dumps(partition.to_json()))) == partition
 
 
-@pytest.mark.parametrize("granularity", ["layer", "chunk", "chunk()", "chunk(x)", "chunk(-1)", "tensor ", ""])
+@pytest.mark.parametrize(
+    "granularity", ["layer", "chunk", "chunk()", "random(-1)", "rows", "chunk(x)", "chunk(-1)", "tensor ", ""]
+)
 def test_unknown_granularity_lists_the_known_ones(granularity: str) -> None:
-    with pytest.raises(ConfigError, match="task, tensor, block"):
+    with pytest.raises(ConfigError, match="task, block, tensor, row"):
         Partition.build(granularity, SHAPES)
 
 
