@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from adamerge.bank import ParameterBank  # noqa: E402
 from adamerge.bank.storage import DTYPES, StoredTaskVectors  # noqa: E402
 from adamerge.files import scratch_file  # noqa: E402
-from adamerge.learning.module import passes  # noqa: E402
+from adamerge.learning.losses import TaskLosses, passes  # noqa: E402
 from adamerge.merging import Coefficients, MergedModel, Partition, contract  # noqa: E402
 from adamerge.merging.merge import merge_into  # noqa: E402
 from adamerge.models.open_clip import ImageEncoder  # noqa: E402
@@ -254,7 +254,7 @@ def measure_accuracy(suite: str, optimizer: str, seed: int, every: int) -> dict:
     from adamerge.evaluation.evaluator import Evaluator
     from adamerge.learning.fit import learn
     from adamerge.learning.schedule import Schedule
-    from adamerge.tasks.datamodule import UnlabeledImages
+    from adamerge.tasks.datamodule import TaskImages
     from adamerge.tasks.problem import load_problem, suite_named
 
     quiet()
@@ -264,6 +264,7 @@ def measure_accuracy(suite: str, optimizer: str, seed: int, every: int) -> dict:
     cache = cache_dir(config)
     options = {"adapt": config.data.adapt, "split_seed": config.data.split_seed, "fraction": config.data.fraction}
     options |= {"include": [], "exclude": [], "strict_dtype": True, "device": "auto", "dtype": config.bank.dtype}
+    options["images_per_task"] = config.data.images_per_task
     problem = load_problem(suite_named(config.suite.name, config.suite.root, None, cache), cache_dir=cache, **options)
     partition, coefficients = hydra.utils.instantiate(config.method).prepare(problem.bank)
     model = MergedModel(problem.clip.image_encoder, problem.bank, partition)
@@ -288,15 +289,17 @@ def measure_accuracy(suite: str, optimizer: str, seed: int, every: int) -> dict:
         learn(
             model,
             coefficients,
-            hydra.utils.instantiate(config.objective),
-            UnlabeledImages(images, problem.adapt_indices, seed=seed, **sizes),
-            problem.heads,
+            TaskLosses(
+                hydra.utils.instantiate(config.objective),
+                problem.heads,
+                dict.fromkeys(problem.bank.task_names, 1.0),
+                config.data.fuse_tasks,
+            ),
+            TaskImages(images, problem.adapt_indices, seed=seed, **sizes),
             run_dir=Path(folder),
             make_trainer=partial(hydra.utils.instantiate(config.trainer), enable_progress_bar=False),
             optimizer=hydra.utils.instantiate(config.optimizer),
             schedule=Schedule(**config.schedule),
-            task_weights=dict.fromkeys(problem.bank.task_names, 1.0),
-            fuse_tasks=config.data.fuse_tasks,
             resume=False,
             callbacks=[Scores()],
         )

@@ -36,7 +36,8 @@ def options(group: str) -> dict[str, str]:
     """What a group offers: name and the first comment line of its file, in order of name."""
     found = {}
     for file in sorted((config_dir() / group).glob("*.yaml")):
-        first = file.read_text(encoding="utf-8").splitlines()[0]
+        lines = file.read_text(encoding="utf-8").splitlines()
+        first = next(line for line in lines if not line.startswith("# @package"))
         found[file.stem] = first.removeprefix("#").strip() if first.startswith("#") else ""
     return found
 

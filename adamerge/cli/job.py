@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,19 +18,16 @@ from torch import Tensor
 
 from adamerge.cli import config as configuration
 from adamerge.cli.console import announce, conclude
-from adamerge.cli.lightning import progress_bar, quiet
-from adamerge.errors import ConfigError, OutputError, TrainingError, shortlist
+from adamerge.cli.learning import learn_coefficients
+from adamerge.cli.lightning import quiet
+from adamerge.errors import OutputError
 from adamerge.evaluation.evaluator import Accuracies, Evaluator, mean_normalized
 from adamerge.evaluation.report import Results, TaskResult, peak_memory_bytes
-from adamerge.export.coefficients import SavedCoefficients, read_coefficients, write_coefficients
+from adamerge.export.coefficients import SavedCoefficients
 from adamerge.export.run import export_run
 from adamerge.files import write_text
-from adamerge.learning.fit import Learned, UserInterruptError, learn
-from adamerge.learning.schedule import Schedule
-from adamerge.merging import MergedModel
-from adamerge.methods import LearnedMethod, StaticMethod
+from adamerge.methods import StaticMethod
 from adamerge.methods.static import Individual, TaskArithmetic
-from adamerge.tasks.datamodule import UnlabeledImages
 from adamerge.tasks.problem import Problem, load_problem, suite_named
 
 REFERENCE_SCALING = 0.3
@@ -96,7 +93,9 @@ class Job:
             if isinstance(method, Individual):
                 merged = None
             elif hasattr(method, "prepare"):
-                merged, saved, learned = self._learn(method, problem)
+                merged, saved, learned = learn_coefficients(
+                    method, problem, config, self.run_dir, self.method_name, evaluator
+                )
             else:
                 merged = self._merge(method, problem, evaluator)
         if rank_zero_only.rank != 0:
@@ -142,6 +141,7 @@ class Job:
                 adapt=config.data.adapt,
                 split_seed=config.data.split_seed,
                 fraction=config.data.fraction,
+                images_per_task=config.data.images_per_task,
             )
         if config.export.checkpoint:
             need_room(self.run_dir, 4 * sum(tensor.numel() for tensor in problem.clip.state_dict.values()))
@@ -176,62 +176,6 @@ class Job:
         self.console.print(f"chosen: {best}", soft_wrap=True, highlight=False)
         return best(problem.bank)
 
-    def _learn(
-        self, method: LearnedMethod, problem: Problem
-    ) -> tuple[dict[str, Tensor], SavedCoefficients, Learned | None]:
-        transform = method.transform
-        bank = problem.bank.transformed(transform.fit(problem.bank), in_place=True) if transform else problem.bank
-        description = transform.to_json() if transform else None
-        if method.coefficients is not None:
-            saved = read_coefficients(Path(method.coefficients))
-            check_coefficients_fit(saved, problem, description, method.coefficients)
-            model = MergedModel(problem.clip.image_encoder, bank, saved.partition)
-            model.update(saved.coefficients)
-            return model.weights(), saved, None
-        partition, coefficients = method.prepare(bank)
-        config = self.config
-        model = MergedModel(problem.clip.image_encoder, bank, partition, compiled=config.model.compile)
-        data = UnlabeledImages(
-            {task: images.images for task, images in problem.unlabeled.items()},
-            problem.adapt_indices,
-            images_per_batch=config.data.images_per_batch,
-            batches_per_step=config.data.batches_per_step,
-            seed=config.seed,
-        )
-        make_logger = hydra.utils.instantiate(config.logger)
-        try:
-            learned = learn(
-                model,
-                coefficients,
-                hydra.utils.instantiate(config.objective),
-                data,
-                problem.heads,
-                run_dir=self.run_dir,
-                make_trainer=hydra.utils.instantiate(config.trainer),
-                optimizer=hydra.utils.instantiate(config.optimizer),
-                schedule=Schedule(**config.schedule),
-                task_weights=task_weights(config.data.task_weights, problem.bank.task_names),
-                fuse_tasks=config.data.fuse_tasks,
-                resume=config.resume is not None,
-                callbacks=[progress_bar()],
-                logger=make_logger(save_dir=self.run_dir) if make_logger else False,
-            )
-        except UserInterruptError as error:
-            raise UserInterruptError(f"{error} Continue with: adamerge resume={self.run_dir}") from error
-        except TrainingError as error:
-            kept = coefficients().detach().cpu()
-            saved = SavedCoefficients(kept, bank.task_names, partition, description, bank.base_hash, self.method_name)
-            file = self.run_dir / "coefficients.safetensors"
-            write_coefficients(file, saved)
-            raise TrainingError(
-                f"{error} They are in {file}; merge with them by method.coefficients={file}."
-            ) from error
-        saved = SavedCoefficients(
-            learned.coefficients, bank.task_names, partition, description, bank.base_hash, self.method_name
-        )
-        model.to("cpu").update(learned.coefficients)
-        return model.weights(), saved, learned
-
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -263,37 +207,4 @@ def need_room(run_dir: Path, bytes_needed: int) -> None:
         raise OutputError(
             f"the merged model needs {bytes_needed / 2**20:,.0f} MiB, but {run_dir} has {free / 2**20:,.0f} MiB free. "
             "Free some room, choose another folder with paths.run_dir=DIR, or set export.checkpoint=false."
-        )
-
-
-def task_weights(given: Mapping[str, float] | None, tasks: tuple[str, ...]) -> dict[str, float]:
-    """Factor of each task's loss; 1 for those not named.
-
-    Raises:
-        ConfigError: If a named task is not merged.
-    """
-    given = given or {}
-    if unknown := given.keys() - set(tasks):
-        raise ConfigError(f"data.task_weights names {shortlist(unknown)}, but the tasks are {', '.join(tasks)}.")
-    return {task: float(given.get(task, 1.0)) for task in tasks}
-
-
-def check_coefficients_fit(
-    saved: SavedCoefficients, problem: Problem, transform: dict[str, Any] | None, file: str
-) -> None:
-    """Raise ConfigError unless saved coefficients were learned for this base, these tasks, keys and transform."""
-    bank = problem.bank
-    if saved.base_hash != bank.base_hash:
-        raise ConfigError(f"{file} was learned for another pretrained model. Use the base it was learned on.")
-    if saved.task_names != bank.task_names:
-        raise ConfigError(
-            f"{file} holds coefficients of {', '.join(saved.task_names)}, but the tasks are "
-            f"{', '.join(bank.task_names)}. Merge the same tasks in the same order with suite.tasks=[…]."
-        )
-    if saved.partition.sizes.keys() != bank.pretrained.keys():
-        raise ConfigError(f"{file} covers other tensors than are merged here. Use the same model.include/exclude.")
-    if saved.transform != transform:
-        raise ConfigError(
-            f"{file} was learned on task vectors transformed by {saved.transform}, this method transforms by "
-            f"{transform}. Choose method={saved.method}."
         )

@@ -1,6 +1,6 @@
 """Run a learner: the Trainer, its checkpoints, and what is left when it ends."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 
 from adamerge.errors import AdamergeError, TrainingError
 from adamerge.files import atomic_file
-from adamerge.learning.module import CoefficientLearner, Objective
+from adamerge.learning.losses import TaskLosses
+from adamerge.learning.module import CoefficientLearner
 from adamerge.learning.schedule import Schedule
 from adamerge.merging import Coefficients, MergedModel, Partition
-from adamerge.tasks.datamodule import UnlabeledImages
+from adamerge.tasks.datamodule import TaskImages
 
 CHECKPOINT_EVERY = 10
 """Optimiser steps between two checkpoints, and between two looks at the losses."""
@@ -34,7 +35,7 @@ class Learned:
     Attributes:
         coefficients: λ, (K, G), on the CPU.
         partition: Its groups.
-        losses: Per step and task, (S, K); NaN for steps that did not run.
+        losses: Per step and task that was learned from, (S, T); NaN for steps that did not run.
         mean_coefficients: λ averaged over groups per step and task, (S, K).
         steps: Optimiser steps done.
     """
@@ -49,27 +50,26 @@ class Learned:
 def learn(
     model: MergedModel,
     coefficients: Coefficients,
-    objective: Objective,
-    data: UnlabeledImages,
-    heads: Mapping[str, Tensor],
+    losses: TaskLosses,
+    data: TaskImages,
     *,
     run_dir: Path,
+    stage: int = 0,
     make_trainer: Callable[..., pl.Trainer],
     optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer],
     schedule: Schedule,
-    task_weights: Mapping[str, float],
-    fuse_tasks: bool,
     resume: bool,
+    penalty: Callable[[Tensor], Tensor | None] = lambda coefficients: None,
     callbacks: Iterable[Callback] = (),
     logger: Any = False,
 ) -> Learned:
-    """Learn coefficients; with ``resume`` continue from the last checkpoint in ``run_dir``, if there is one.
+    """Learn coefficients; with ``resume`` continue from the stage's last checkpoint in ``run_dir``, if there is one.
 
     Raises:
         UserInterruptError: On Ctrl-C.
         TrainingError: If a loss is not finite or memory runs out.
     """
-    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    checkpoint = run_dir / "checkpoints" / (f"stage-{stage}.ckpt" if stage else "last.ckpt")
     trainer = make_trainer(
         callbacks=[
             *callbacks,
@@ -83,13 +83,11 @@ def learn(
     learner = CoefficientLearner(
         model,
         coefficients,
-        objective,
-        heads,
-        task_weights=task_weights,
+        losses,
+        penalty=penalty,
         optimizer=optimizer,
         schedule=schedule,
         max_steps=trainer.max_steps,
-        fuse_tasks=fuse_tasks,
         check_every=CHECKPOINT_EVERY,
     )
     if trainer.is_global_zero and not resume:
@@ -101,7 +99,7 @@ def learn(
     return Learned(final, model.partition, learner.losses.cpu(), learner.mean_coefficients.cpu(), trainer.global_step)
 
 
-def _fit(trainer: pl.Trainer, learner: CoefficientLearner, data: UnlabeledImages, resume_from: str | None) -> None:
+def _fit(trainer: pl.Trainer, learner: CoefficientLearner, data: TaskImages, resume_from: str | None) -> None:
     try:
         trainer.fit(learner, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except SystemExit as error:  # how Lightning ends after Ctrl-C
@@ -129,7 +127,7 @@ class _Checkpoints(Callback):
         self._path = path
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step % CHECKPOINT_EVERY == 0:
+        if trainer.global_step % CHECKPOINT_EVERY == 0 or trainer.global_step == trainer.max_steps:
             trainer.save_checkpoint(self._path)
 
 

@@ -1,21 +1,19 @@
 """The LightningModule that learns coefficients."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
 
 from adamerge.errors import TrainingError, shortlist
+from adamerge.learning.losses import TaskLosses
 from adamerge.learning.schedule import Schedule
 from adamerge.merging import Coefficients, MergedModel
 from adamerge.tasks.datamodule import Batch
-
-Objective = Callable[[Tensor], Tensor]
-"""Logits (B, C) → losses (B,)."""
 
 
 class CoefficientLearner(pl.LightningModule):
@@ -25,16 +23,17 @@ class CoefficientLearner(pl.LightningModule):
     from theirs and, under several processes, summed over ranks in one collective. So DDP has nothing to do, and a
     checkpoint holds λ, the optimiser and the history, but no model weights.
 
+    An optimiser may have ``observe(model)``, called before its step, which sees the gradients of the merged weights,
+    and ``gap``, a scalar that is logged and ends the run where it falls below ``tolerance``.
+
     Args:
         model: Merged model; kept out of the module's tree.
-        coefficients: λ (K, G): all that learns.
-        objective: What to minimise.
-        heads: Zero-shot head by task, (C, d), logit scale included.
-        task_weights: Factor of each task's loss, by task.
+        coefficients: Gives λ (K, G); its parameters are all that learns.
+        losses: What to minimise, on which tasks' images.
+        penalty: λ → a scalar that is added to the loss, or None.
         optimizer: Parameters → optimiser.
         schedule: Of its rate, and of the iterates that count.
         max_steps: Rows of the history.
-        fuse_tasks: All tasks in one forward pass, or one after another in the memory of one; "auto" is as ``passes``.
         check_every: Steps between two looks at the device for a loss that is not finite.
     """
 
@@ -42,35 +41,31 @@ class CoefficientLearner(pl.LightningModule):
         self,
         model: MergedModel,
         coefficients: Coefficients,
-        objective: Objective,
-        heads: Mapping[str, Tensor],
+        losses: TaskLosses,
         *,
-        task_weights: Mapping[str, float],
+        penalty: Callable[[Tensor], Tensor | None] = lambda coefficients: None,
         optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer],
         schedule: Schedule,
         max_steps: int,
-        fuse_tasks: bool | Literal["auto"],
         check_every: int,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.coefficients = coefficients
         self._outside = (model,)  # in a tuple, lest nn.Module registers what a MergedModel may become
-        self._objective = objective
-        self._heads = dict(heads)
-        self._task_weights = task_weights
+        self._task_losses = losses
+        self._penalty = penalty
         self._make_optimizer = optimizer
         self._schedule = schedule
-        self._fuse_tasks = fuse_tasks
         self._check_every = check_every
         self.losses: Tensor
         self.mean_coefficients: Tensor
         self.failed_step: Tensor
-        self.register_buffer("losses", torch.full((max_steps, len(heads)), torch.nan))
-        self.register_buffer("mean_coefficients", torch.full((max_steps, len(heads)), torch.nan))
+        self.register_buffer("losses", torch.full((max_steps, len(losses.heads)), torch.nan))
+        self.register_buffer("mean_coefficients", torch.full((max_steps, model.bank.num_tasks), torch.nan))
         self.register_buffer("failed_step", torch.tensor(-1))
         self.average: Tensor
-        self.register_buffer("average", torch.zeros_like(coefficients.raw))
+        self.register_buffer("average", torch.zeros_like(parameters_to_vector(coefficients.parameters()).detach()))
 
     @property
     def model(self) -> MergedModel:
@@ -84,7 +79,7 @@ class CoefficientLearner(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self.model.to(self.device)
-        self._heads = {task: head.to(self.device) for task, head in self._heads.items()}
+        self._task_losses.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         step = self.trainer.global_step
@@ -92,41 +87,28 @@ class CoefficientLearner(pl.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self._schedule.factor(step, self.trainer.max_steps)
         coefficients = self.coefficients()
-        groups = self._passes(batch)
-        self.model.update(coefficients, single_backward=len(groups) == 1)
-        losses = torch.cat([self._backward(group, batch) for group in groups])
+        observe = getattr(optimizer.optimizer, "observe", None)
+        single = len(self._task_losses.passes(batch)) == 1 and observe is None
+        self.model.update(coefficients, single_backward=single)
+        losses = self._task_losses.backward(self.model, batch, self._scaled)
         gradient = self.model.coefficient_gradient()
         losses, gradient = self._sum_over_ranks(losses, gradient)
+        outputs, slopes = [coefficients], [gradient]
+        if (penalty := self._penalty(coefficients)) is not None:
+            outputs.append(self._scaled(penalty))
+            slopes.append(torch.ones_like(outputs[1]))
         parameters = list(self.coefficients.parameters())
         # autograd.grad rather than backward: DDP's hooks, which wait for gradients of their own, stay out of it.
-        for parameter, value in zip(parameters, torch.autograd.grad(coefficients, parameters, gradient), strict=True):
+        for parameter, value in zip(parameters, torch.autograd.grad(outputs, parameters, slopes), strict=True):
             parameter.grad = value
+        if observe is not None:
+            observe(self.model)
         self._guarded_step(optimizer, step, losses, gradient)
         self._average(step)
         self.losses[step] = losses
         self.mean_coefficients[step] = coefficients.detach().mean(dim=1)
         if (step + 1) % self._check_every == 0 or step + 1 == self.trainer.max_steps:
             self._report(step)
-
-    def _passes(self, batch: Batch) -> list[list[str]]:
-        images = {task: batch["images"][task] for task in self._heads}
-        if self._fuse_tasks == "auto":
-            return passes(images)
-        return [list(images)] if self._fuse_tasks else [[task] for task in images]
-
-    def _backward(self, tasks: list[str], batch: Batch) -> Tensor:
-        """Back-propagate some tasks' losses into the merged weights; return the losses, detached."""
-        parts = [batch["images"][task] for task in tasks]
-        features = self.model(torch.cat(parts)).split([len(part) for part in parts])
-        losses = torch.stack([self._loss(task, part, batch) for task, part in zip(tasks, features, strict=True)])
-        self._scaled(losses.sum()).backward()
-        return losses.detach()
-
-    def _loss(self, task: str, features: Tensor, batch: Batch) -> Tensor:
-        # Normalised in float32: half precision would cost the logits, which are 100 times a cosine, two digits.
-        with torch.autocast(features.device.type, enabled=False):
-            logits = normalize(features.float(), dim=-1) @ self._heads[task].T
-            return self._task_weights[task] * (self._objective(logits) * batch["weights"][task]).sum()
 
     def _scaled(self, loss: Tensor) -> Tensor:
         """Multiplied for float16's narrow range; the precision plugin divides again when the optimiser steps."""
@@ -159,43 +141,28 @@ class CoefficientLearner(pl.LightningModule):
     def _average(self, step: int) -> None:
         """Keep the mean of the iterates that count; it is the result of the last step."""
         steps = self.trainer.max_steps
-        self.average.lerp_(self.coefficients.raw, self._schedule.weight(step, steps))
+        parameters = list(self.coefficients.parameters())
+        self.average.lerp_(parameters_to_vector(parameters), self._schedule.weight(step, steps))
         if step + 1 == steps:
-            self.coefficients.raw.copy_(self.average)
+            vector_to_parameters(self.average.clone(), parameters)
 
     def _report(self, step: int) -> None:
         """Every few steps the host looks: log, and stop if a loss was not finite."""
         losses = self.losses[step].tolist()
-        self.log_dict(
-            {"loss": sum(losses), **{f"loss/{task}": loss for task, loss in zip(self._heads, losses, strict=True)}}
-        )
+        by_task = zip(self._task_losses.heads, losses, strict=True)
+        self.log_dict({"loss": sum(losses), **{f"loss/{task}": loss for task, loss in by_task}})
         self.log("total", sum(losses), prog_bar=True, logger=False)
+        optimizer: Any = self.optimizers()
+        if (gap := getattr(optimizer.optimizer, "gap", None)) is not None:
+            self.log("gap", float(gap))
+            self.trainer.should_stop = float(gap) <= optimizer.optimizer.tolerance
         failed = int(self.failed_step)
         if failed < 0:
             return
-        tasks = [t for t, ok in zip(self._heads, self.losses[failed].isfinite().tolist(), strict=True) if not ok]
+        finite = self.losses[failed].isfinite().tolist()
+        tasks = [task for task, ok in zip(self._task_losses.heads, finite, strict=True) if not ok]
         what = f"the loss of task {shortlist(tasks)}" if tasks else "the gradient of the coefficients"
         raise TrainingError(
             f"{what} is not finite at step {failed}. Learning stopped; the coefficients of step {failed} are kept. "
             "Look at that task's images and expert, or lower optimizer.lr, or use trainer.precision=32-true."
         )
-
-
-def passes(images: Mapping[str, Tensor]) -> list[list[str]]:
-    """Which tasks go through the network together, in order: all of them, but on the CPU no more than keep the
-    activations in memory that is used again. (Beyond 32 MiB the C library returns every buffer to the system, and
-    taking it back costs a fifth of a step.)
-
-    Args:
-        images: (B, 3, H, W) by task.
-    """
-    room = 1 << 22  # values: 16 MiB of float32; the widest activation of a ViT-B/32 is as large as its input
-    groups: list[list[str]] = []
-    taken = 0
-    for task, part in images.items():
-        taken += part.numel()
-        if not groups or (part.device.type == "cpu" and taken > room):
-            groups.append([])
-            taken = part.numel()
-        groups[-1].append(task)
-    return groups

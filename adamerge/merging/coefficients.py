@@ -17,6 +17,7 @@ class Coefficients(nn.Module):
         num_groups: G.
         init: Initial λ: one number, one per task (K), or all of them (K, G).
         constraint: ``identity``, ``clamp``, ``sigmoid`` or ``softmax`` (over tasks).
+        fixed: Which λ stay at their initial value whatever the constraint, bool (K, G) or broadcastable to it.
 
     Raises:
         ShapeError: If ``init`` has another shape.
@@ -24,7 +25,13 @@ class Coefficients(nn.Module):
     """
 
     def __init__(
-        self, num_tasks: int, num_groups: int, *, init: float | Sequence[float] | Tensor, constraint: str
+        self,
+        num_tasks: int,
+        num_groups: int,
+        *,
+        init: float | Sequence[float] | Tensor,
+        constraint: str,
+        fixed: Tensor | None = None,
     ) -> None:
         super().__init__()
         self._constraint = constraint_named(constraint)
@@ -38,13 +45,20 @@ class Coefficients(nn.Module):
                 f"({num_tasks}), or all of them ({num_tasks}, {num_groups})."
             )
         start = start.expand(full)
-        if not (start.isfinite().all() and self._constraint.admits(start)):
+        free = start if fixed is None else start[~fixed.expand(full)]
+        if not (start.isfinite().all() and self._constraint.admits(free)):
             raise ConfigError(
                 f"constraint '{constraint}' takes initial coefficients that are {self._constraint.range}, "
                 f"found {start.min():g} to {start.max():g}. Change method.init or method.constraint."
             )
-        self.raw = nn.Parameter(self._constraint.inverse(start).contiguous())
+        self.fixed: Tensor | None
+        self.start: Tensor | None
+        self.register_buffer("fixed", None if fixed is None else fixed.expand(full).clone(), persistent=False)
+        self.register_buffer("start", None if fixed is None else start.clone(), persistent=False)
+        raw = self._constraint.inverse(start)
+        self.raw = nn.Parameter((raw if fixed is None else raw.masked_fill(fixed, 0)).contiguous())
 
     def forward(self) -> Tensor:
         """λ, (K, G)."""
-        return self._constraint.forward(self.raw)
+        value = self._constraint.forward(self.raw)
+        return value if self.fixed is None or self.start is None else torch.where(self.fixed, self.start, value)

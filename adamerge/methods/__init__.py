@@ -1,5 +1,6 @@
 """Merging methods: transforms, static merges and learners (floor 4)."""
 
-from adamerge.methods.protocol import LearnedMethod, StaticMethod, Transform
+from adamerge.methods.learned.learner import Learner
+from adamerge.methods.protocol import StaticMethod, Transform
 
-__all__ = ["LearnedMethod", "StaticMethod", "Transform"]
+__all__ = ["Learner", "StaticMethod", "Transform"]

@@ -1,4 +1,4 @@
-"""What a merging method is: a transform of task vectors, a static merge, or a rule for learning coefficients."""
+"""What a transform of task vectors and a static merge are; a learned method is a ``methods.learned.Learner``."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, Self
@@ -7,7 +7,6 @@ from torch import Tensor
 
 from adamerge.bank import ParameterBank
 from adamerge.bank.parameter_bank import ApplyTransform
-from adamerge.merging import Coefficients, Partition
 
 
 class Transform(Protocol):
@@ -31,16 +30,4 @@ class StaticMethod(Protocol):
 
     def candidates(self) -> Sequence[Self]:
         """The methods to choose from by mean normalised accuracy on labelled images; itself alone if all is fixed."""
-        ...
-
-
-class LearnedMethod(Protocol):
-    """Learns λ by gradient steps on an objective."""
-
-    transform: Transform | None
-    coefficients: str | None
-    """File of learned coefficients to merge with instead of learning."""
-
-    def prepare(self, bank: ParameterBank) -> tuple[Partition, Coefficients]:
-        """Groups and initial coefficients for a bank."""
         ...

@@ -1,5 +1,8 @@
-"""What a learner minimises (floor 3, torch alone): an objective maps a task's logits (B, C) to losses (B,)."""
+"""What a learner minimises (floor 3, torch alone): an objective maps a task's outputs to losses (B,)."""
 
+from adamerge.objectives.alignment import Alignment
+from adamerge.objectives.cross_entropy import CrossEntropy
 from adamerge.objectives.entropy import Entropy, softmax_entropy
+from adamerge.objectives.protocol import Objective, Outputs, Target
 
-__all__ = ["Entropy", "softmax_entropy"]
+__all__ = ["Alignment", "CrossEntropy", "Entropy", "Objective", "Outputs", "Target", "softmax_entropy"]

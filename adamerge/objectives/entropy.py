@@ -1,8 +1,11 @@
 """Entropy of predictions: the objective that needs no labels."""
 
+from typing import Literal
+
 from torch import Tensor
 
 from adamerge.errors import ShapeError
+from adamerge.objectives.protocol import Outputs, Target
 
 
 def softmax_entropy(logits: Tensor) -> Tensor:
@@ -31,5 +34,8 @@ def softmax_entropy(logits: Tensor) -> Tensor:
 class Entropy:
     """``softmax_entropy`` as an objective."""
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        return softmax_entropy(logits)
+    needs: Literal["images"] = "images"
+    layers = ()
+
+    def __call__(self, outputs: Outputs, target: Target) -> Tensor:
+        return softmax_entropy(outputs.logits)

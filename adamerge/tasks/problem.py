@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from adamerge.bank import ParameterBank, select_keys
-from adamerge.bank.storage import dtype_named
+from adamerge.bank.storage import StoredTaskVectors, dtype_named
 from adamerge.errors import ConfigError, DataError
 from adamerge.files import scratch_file
 from adamerge.models.heads import zero_shot_heads
@@ -79,6 +79,7 @@ def load_problem(
     adapt: Literal["all", "half"],
     split_seed: int,
     fraction: float,
+    images_per_task: int | None,
 ) -> Problem:
     """Read the model, the experts and the images of a suite.
 
@@ -89,20 +90,22 @@ def load_problem(
         exclude: Shell patterns of keys not to merge.
         strict_dtype: As ``ParameterBank.from_experts`` takes it.
         dtype: Of τ at rest, as ``dtype_named`` takes it.
-        device: ``auto``: τ goes where learning runs; ``disk``: it stays in a file that is mapped into memory.
+        device: ``auto``: τ goes where learning runs; ``host``: it stays in page-locked memory and is streamed there;
+            ``disk``: likewise in a file that is mapped into memory. Without CUDA, ``host`` is ``auto``.
         adapt: As ``split_indices`` takes it; halves are drawn where a task adapts on the split that is scored.
         split_seed: Of the halves and the fraction.
         fraction: Of the images to adapt on.
+        images_per_task: At most so many of them.
 
     Raises:
         AdamergeError: A child of it for everything that is wrong with the files, in one message each.
     """
     stored = dtype_named(dtype)
-    if device not in ("auto", "disk"):
-        raise ConfigError(f"bank.device is 'auto' or 'disk', found '{device}'.")
+    if device not in ("auto", "host", "disk"):
+        raise ConfigError(f"bank.device is 'auto', 'host' or 'disk', found '{device}'.")
     clip = load_clip(suite.model, root=suite.root)
     keys = select_keys(clip.merge_keys, include=include, exclude=exclude)
-    with nullcontext() if device == "auto" else scratch_file(cache_dir / "bank") as file:
+    with scratch_file(cache_dir / "bank") if device == "disk" else nullcontext() as file:
         bank = ParameterBank.from_experts(
             clip.state_dict,
             {task.name: Path(task.expert) for task in suite.tasks},
@@ -111,6 +114,8 @@ def load_problem(
             stored=stored,
             file=file,
         )
+    if device == "host" and isinstance(bank.task_vectors, StoredTaskVectors):
+        bank.task_vectors.pin()
     unlabeled, scored, adapt_indices, score_indices, class_names = {}, {}, {}, {}, {}
     for task in suite.tasks:
         name = task.name
@@ -122,7 +127,9 @@ def load_problem(
         class_names[name] = tuple(names)
         options = {"split_seed": split_seed, "fraction": fraction}
         total = len(unlabeled[name].images)
-        adapt_indices[name], score_indices[name] = split_indices(total, name, adapt=adapt, **options)
+        adapt_indices[name], score_indices[name] = split_indices(
+            total, name, adapt=adapt, images_per_task=images_per_task, **options
+        )
         if task.splits.adapt != task.splits.evaluate:
             _, score_indices[name] = split_indices(len(scored[name].images), name, adapt="all", **options)
     prompts = {task.name: (class_names[task.name], task.templates) for task in suite.tasks}

@@ -1,6 +1,7 @@
 """What every method of conf/method promises; a method that is listed there is tested here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import hydra.utils
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
@@ -19,6 +19,8 @@ from adamerge.cli import commands
 from adamerge.cli.config import check_complete, compose_config, config_dir, options
 from adamerge.merging import MergedModel, merge
 from adamerge.methods.static import Individual
+from adamerge.models.hidden import HiddenStates
+from adamerge.objectives import Objective, Outputs, Target
 
 METHODS = sorted(file.stem for file in (config_dir() / "method").glob("*.yaml"))
 
@@ -225,6 +227,26 @@ def test_a_learning_step_does_not_depend_on_task_order(name: str, zoo: Zoo) -> N
     assert any((merged[key] - start[key]).abs().max() > 1e-4 for key in start)
 
 
+def outputs_of(call: Callable[[Tensor], Tensor], images: Tensor, head: Tensor, objective: Objective) -> Outputs:
+    network = call.network if isinstance(call, MergedModel) else call
+    hidden = HiddenStates(network, objective.layers)
+    features = call(images)
+    states = hidden.take()
+    hidden.close()
+    return Outputs.of(features, head, states)
+
+
+def target_of(zoo: Zoo, task: int, objective: Objective) -> Target:
+    """What the objective needs to know of a task's first batches."""
+    images = torch.cat(zoo.batches[0][task])
+    if objective.needs == "labels":
+        return Target(labels=torch.arange(len(images)) % len(zoo.heads[task]))
+    expert = deepcopy(zoo.network)
+    expert.load_state_dict(zoo.experts[task])
+    with torch.no_grad():
+        return Target(expert=outputs_of(expert, images, zoo.heads[task], objective))
+
+
 def step(case: Case, zoo: Zoo, order: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
     """λ's gradient (K, G) and the weights after one step of the configured optimiser on the configured objective."""
     bank = case.transformed(permuted(zoo.bank, order))
@@ -235,8 +257,10 @@ def step(case: Case, zoo: Zoo, order: Sequence[int]) -> tuple[Tensor, dict[str, 
     value = coefficients()
     model.update(value)
     for task in order:
-        logits = F.normalize(model(torch.cat(zoo.batches[0][task])), dim=-1) @ zoo.heads[task].T
-        objective(logits).mean().backward()
+        images = torch.cat(zoo.batches[0][task])
+        objective(
+            outputs_of(model, images, zoo.heads[task], objective), target_of(zoo, task, objective)
+        ).mean().backward()
     gradient = model.coefficient_gradient()
     value.backward(gradient)
     optimizer.step()
@@ -245,14 +269,17 @@ def step(case: Case, zoo: Zoo, order: Sequence[int]) -> tuple[Tensor, dict[str, 
 
 
 @pytest.mark.parametrize("name", sorted(options("objective")))
-def test_an_objective_maps_logits_to_one_loss_per_image(name: str) -> None:
-    objective = hydra.utils.instantiate(compose("adamerging_layerwise", f"objective={name}").config.objective)
-    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    losses = objective(logits)
+def test_an_objective_gives_one_loss_per_image(name: str, zoo: Zoo) -> None:
+    config = compose("adamerging_layerwise", f"objective={name}").config
+    objective = hydra.utils.instantiate(config.objective)
+    images = torch.cat(zoo.batches[0][1])
+    plain = outputs_of(zoo.network, images, zoo.heads[1], objective)
+    outputs = Outputs(plain.logits.detach().requires_grad_(), plain.features, plain.hidden)
+    losses = objective(outputs, target_of(zoo, 1, objective))
     losses.sum().backward()
-    assert losses.shape == (4,)
-    assert logits.grad is not None
-    assert logits.grad.abs().amax(dim=1).min() > 0
+    assert losses.shape == (len(images),)
+    assert outputs.logits.grad is not None
+    assert outputs.logits.grad.abs().amax(dim=1).min() > 0
 
 
 @pytest.mark.parametrize("name", sorted(options("optimizer")))

@@ -7,7 +7,7 @@ import torch
 from command import Run, on
 from safetensors.torch import load_file
 
-from adamerge.tasks.datamodule import UnlabeledImages
+from adamerge.tasks.datamodule import TaskImages
 
 
 @pytest.mark.parametrize("size", [8, 7])
@@ -29,7 +29,7 @@ def test_two_processes_equal_one_on_the_same_global_batch(
 
 def test_ranks_see_disjoint_images_that_make_up_the_batch() -> None:
     images = {"a": torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1)}
-    data = UnlabeledImages(images, {"a": torch.arange(50)}, images_per_batch=7, batches_per_step=2, seed=0)
+    data = TaskImages(images, {"a": torch.arange(50)}, images_per_batch=7, batches_per_step=2, seed=0)
     for step in range(5):
         whole = data.batch(step)
         parts = [data.batch(step, rank, 2) for rank in range(2)]

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from adamerge.bank import ParameterBank
 from adamerge.merging import Coefficients, Partition
-from adamerge.methods.protocol import Transform
+from adamerge.methods.learned.learner import Learner
 
 
-@dataclass(frozen=True)
-class AdaMerging:
+@dataclass(frozen=True, kw_only=True)
+class AdaMerging(Learner):
     """λ per task and group, started at a constant.
 
     Task-wise, layer-wise (one λ per tensor) and block-wise forms differ in the granularity alone; the ++ forms
@@ -19,8 +19,6 @@ class AdaMerging:
         granularity: As ``Partition.build`` takes it.
         constraint: As ``Coefficients`` takes it; the official code clamps to [0, 1] in the forward pass.
         init: Initial λ, one number or one per task.
-        transform: Applied to the task vectors first.
-        coefficients: File of learned coefficients to merge with instead of learning.
 
     Differs: the official code also gives coefficients to six text tensors, which never get a gradient; here the
     text tower takes no part. FusionBench leaves the clamp off and draws one batch a step instead of two.
@@ -31,8 +29,6 @@ class AdaMerging:
     granularity: str
     constraint: str
     init: float | Sequence[float]
-    transform: Transform | None = None
-    coefficients: str | None = None
 
     def prepare(self, bank: ParameterBank) -> tuple[Partition, Coefficients]:
         partition = Partition.build(self.granularity, bank.shapes)

@@ -58,7 +58,9 @@ def test_options_are_listed_with_their_first_comment() -> None:
     methods = options("method")
     assert list(methods) == sorted(file.stem for file in (config_dir() / "method").glob("*.yaml"))
     assert methods["pretrained"] == "θ₀ as it is: a reference."
-    assert options("objective") == {"entropy": ""}
+    assert options("objective")["entropy"] == "Entropy of the predictions; no labels."
+    assert options("logger")["csv"] == ""
+    assert options("optimizer")["adam"].startswith("The paper's recipe")
     assert options("nothing") == {}
 
 

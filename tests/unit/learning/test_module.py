@@ -17,11 +17,12 @@ from unit.zoo import make_bank
 from adamerge.bank import ParameterBank
 from adamerge.errors import ConfigError, TrainingError
 from adamerge.learning.fit import Learned, UserInterruptError, learn
-from adamerge.learning.module import CoefficientLearner, passes
+from adamerge.learning.losses import TaskLosses, passes
+from adamerge.learning.module import CoefficientLearner
 from adamerge.learning.schedule import Schedule
 from adamerge.merging import Coefficients, MergedModel, Partition
-from adamerge.objectives import Entropy
-from adamerge.tasks.datamodule import UnlabeledImages
+from adamerge.objectives import Entropy, Objective, Outputs, Target
+from adamerge.tasks.datamodule import TaskImages
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning:pytorch_lightning"
@@ -87,11 +88,11 @@ class Setting:
             for task, size in SIZES.items()
         }
 
-    def data(self, images: dict[str, Tensor] | None = None, **options: Any) -> UnlabeledImages:
+    def data(self, images: dict[str, Tensor] | None = None, **options: Any) -> TaskImages:
         images = images or self.images
         indices = {task: torch.arange(len(of_task)) for task, of_task in images.items()}
         options = {"images_per_batch": PER_BATCH, "batches_per_step": 2, "seed": 0} | options
-        return UnlabeledImages(images, indices, **options)
+        return TaskImages(images, indices, **options)
 
     def reference_batches(self, steps: int) -> list[list[list[Tensor]]]:
         """``[step][task]``: the image batches that ``data`` deals, cut by its documented order."""
@@ -128,13 +129,13 @@ def fit(
     *,
     granularity: str = "tensor",
     constraint: str = "clamp",
-    objective: Callable[[Tensor], Tensor] | None = None,
+    objective: Objective | None = None,
     optimizer: Callable[..., torch.optim.Optimizer] = adam,
     schedule: Schedule = CONSTANT,
     task_weights: dict[str, float] | None = None,
     fuse_tasks: Any = True,
     check_every: int = 10,
-    data: UnlabeledImages | None = None,
+    data: TaskImages | None = None,
     precision: str = "32-true",
     error: type[Exception] | None = None,
 ) -> Run:
@@ -144,13 +145,10 @@ def fit(
     learner = CoefficientLearner(
         MergedModel(encoder, setting.bank, partition),
         coefficients,
-        objective or Entropy(),
-        setting.heads,
-        task_weights=dict.fromkeys(TASKS, 1.0) | (task_weights or {}),
+        TaskLosses(objective or Entropy(), setting.heads, dict.fromkeys(TASKS, 1.0) | (task_weights or {}), fuse_tasks),
         optimizer=optimizer,
         schedule=schedule,
         max_steps=steps,
-        fuse_tasks=fuse_tasks,
         check_every=check_every,
     )
     trainer = make_trainer(
@@ -274,15 +272,15 @@ def test_two_batches_of_the_same_images_count_twice(setting: Setting) -> None:
 # Losses that are not finite
 
 
-class FailsAt:
+class FailsAt(Entropy):
     """Entropy, but at one call of ``task`` (in order of heads) and ``step`` something else."""
 
     def __init__(self, step: int, task: int, failure: Callable[[Tensor], Tensor]) -> None:
         self.call, self.failure, self.calls = step * len(TASKS) + task, failure, 0
 
-    def __call__(self, logits: Tensor) -> Tensor:
+    def __call__(self, outputs: Outputs, target: Target) -> Tensor:
         self.calls += 1
-        loss = Entropy()(logits)
+        loss = super().__call__(outputs, target)
         return self.failure(loss) if self.calls == self.call + 1 else loss
 
 
@@ -353,22 +351,17 @@ def _sigint() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def learn_in(
-    folder: Path, setting: Setting, steps: int, objective: Callable[[Tensor], Tensor] | None = None
-) -> Learned:
+def learn_in(folder: Path, setting: Setting, steps: int, objective: Objective | None = None) -> Learned:
     partition = Partition.build("tensor", setting.bank.shapes)
     return learn(
         MergedModel(Encoder(setting.network), setting.bank, partition),
         Coefficients(len(TASKS), partition.num_groups, init=0.3, constraint="clamp"),
-        objective or Entropy(),
+        TaskLosses(objective or Entropy(), setting.heads, dict.fromkeys(TASKS, 1.0), fuse_tasks=True),
         setting.data(),
-        setting.heads,
         run_dir=folder,
         make_trainer=partial(make_trainer, max_steps=steps, limit_train_batches=steps),
         optimizer=adam,
         schedule=CONSTANT,
-        task_weights=dict.fromkeys(TASKS, 1.0),
-        fuse_tasks=True,
         resume=True,
     )
 
@@ -430,7 +423,8 @@ def test_a_checkpoint_has_no_model_weights(setting: Setting, tmp_path: Path) -> 
                 yield from tensors(item)
 
     shapes = {tuple(tensor.shape) for tensor in tensors(checkpoint)}
-    assert shapes == {(3, len(setting.bank.pretrained)), (10, 3), ()}  # raw and Adam's moments, history, counters
+    raw = (3, len(setting.bank.pretrained))
+    assert shapes == {raw, (3 * raw[1],), (10, 3), ()}  # raw and Adam's moments, the average, history, counters
 
 
 def test_no_steps_leave_the_start(setting: Setting, tmp_path: Path) -> None:
@@ -464,19 +458,19 @@ def test_a_failed_run_leaves_a_checkpoint_from_before_the_failure(setting: Setti
     ids=["device", "cpu"],
 )
 def test_running_out_of_memory_says_what_helps(setting: Setting, tmp_path: Path, error: Exception) -> None:
-    def objective(logits: Tensor) -> Tensor:
+    def fail(loss: Tensor) -> Tensor:
         raise error
 
     with pytest.raises(TrainingError, match=r"data\.fuse_tasks=false.*images_per_batch.*bf16-mixed"):
-        learn_in(tmp_path, setting, 2, objective)
+        learn_in(tmp_path, setting, 2, FailsAt(0, 0, fail))
 
 
 def test_other_errors_keep_their_type(setting: Setting, tmp_path: Path) -> None:
-    def objective(logits: Tensor) -> Tensor:
+    def fail(loss: Tensor) -> Tensor:
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        learn_in(tmp_path, setting, 2, objective)
+        learn_in(tmp_path, setting, 2, FailsAt(0, 0, fail))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adamerge.errors import ConfigError, DataError
-from adamerge.tasks.datamodule import UnlabeledImages, generator_for, split_indices
+from adamerge.tasks.datamodule import TaskImages, generator_for, split_indices
 
 SIZES = {"a": 100, "b": 40, "c": 90}
 
@@ -35,8 +35,8 @@ def make(
     batches_per_step: int = 2,
     seed: int = 0,
     indices: dict[str, Tensor] | None = None,
-) -> UnlabeledImages:
-    return UnlabeledImages(
+) -> TaskImages:
+    return TaskImages(
         {task: numbered(size) for task, size in sizes.items()},
         indices or {task: torch.arange(size) for task, size in sizes.items()},
         images_per_batch=images_per_batch,
@@ -45,7 +45,7 @@ def make(
     )
 
 
-def drawn(module: UnlabeledImages, task: str, step: int) -> list[list[int]]:
+def drawn(module: TaskImages, task: str, step: int) -> list[list[int]]:
     return [batch.tolist() for batch in module.draw(task, step)]
 
 
@@ -203,7 +203,7 @@ def test_a_trainer_gets_the_steps_in_order() -> None:
 
 
 def test_batches_without_a_trainer_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"UnlabeledImages\.batch\(step\)"):
+    with pytest.raises(ConfigError, match=r"TaskImages\.batch\(step\)"):
         next(iter(make().train_dataloader()))
 
 

@@ -1,0 +1,122 @@
+"""Losses of all tasks under the merged weights, and their backward pass."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from adamerge.merging import MergedModel
+from adamerge.models.hidden import HiddenStates
+from adamerge.objectives import Objective, Outputs, Target
+from adamerge.tasks.datamodule import Batch
+
+
+class TaskLosses:
+    """The objective on a batch of every task's images.
+
+    Args:
+        objective: What to minimise.
+        heads: Zero-shot head by task, (C, d), logit scale included; these are the tasks that are learned from.
+        task_weights: Factor of each task's loss, by task.
+        fuse_tasks: All tasks in one forward pass, or one after another in the memory of one; "auto" is as ``passes``.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        heads: Mapping[str, Tensor],
+        task_weights: Mapping[str, float],
+        fuse_tasks: bool | Literal["auto"],
+    ) -> None:
+        self.objective = objective
+        self.heads = dict(heads)
+        self._task_weights = task_weights
+        self._fuse_tasks = fuse_tasks
+
+    def to(self, device: torch.device) -> None:
+        """Move the heads."""
+        self.heads = {task: head.to(device) for task, head in self.heads.items()}
+
+    def passes(self, batch: Batch) -> list[list[str]]:
+        """Which tasks go through the network together, in order."""
+        images = {task: batch["images"][task] for task in self.heads}
+        if self._fuse_tasks == "auto":
+            return passes(images)
+        return [list(images)] if self._fuse_tasks else [[task] for task in images]
+
+    def backward(
+        self, model: MergedModel, batch: Batch, scale: Callable[[Tensor], Tensor] = lambda loss: loss
+    ) -> Tensor:
+        """Back-propagate into the merged weights.
+
+        Args:
+            model: Its merged weights are up to date.
+            batch: Of one step.
+            scale: Applied to a loss first, for the narrow range of float16.
+
+        Returns:
+            Losses by task (T,), detached and not scaled.
+        """
+        hidden = HiddenStates(model.network, self.objective.layers)
+        try:
+            losses = []
+            for tasks in self.passes(batch):
+                found = self._losses(model, tasks, batch, hidden)
+                scale(found.sum()).backward()
+                losses.append(found.detach())
+        finally:
+            hidden.close()
+        return torch.cat(losses)
+
+    @torch.no_grad()
+    def __call__(self, model: MergedModel, batch: Batch) -> Tensor:
+        """Losses by task (T,), without a graph."""
+        hidden = HiddenStates(model.network, self.objective.layers)
+        try:
+            return torch.cat([self._losses(model, tasks, batch, hidden) for tasks in self.passes(batch)])
+        finally:
+            hidden.close()
+
+    def _losses(self, model: MergedModel, tasks: list[str], batch: Batch, hidden: HiddenStates) -> Tensor:
+        parts = [batch["images"][task] for task in tasks]
+        sizes = [len(part) for part in parts]
+        features = model(torch.cat(parts)).split(sizes)
+        states = [state.split(sizes) for state in hidden.take()]
+        return torch.stack(
+            [self._loss(task, features[i], [state[i] for state in states], batch) for i, task in enumerate(tasks)]
+        )
+
+    def _loss(self, task: str, features: Tensor, hidden: list[Tensor], batch: Batch) -> Tensor:
+        # Normalised in float32: half precision would cost the logits, which are 100 times a cosine, two digits.
+        with torch.autocast(features.device.type, enabled=False):
+            outputs = Outputs.of(features, self.heads[task], hidden)
+            target = self._target(task, batch["targets"][task])
+            return self._task_weights[task] * (self.objective(outputs, target) * batch["weights"][task]).sum()
+
+    def _target(self, task: str, known: Mapping[str, Any]) -> Target:
+        expert = None
+        if "features" in known:
+            states = [known[f"hidden/{position}"] for position in range(len(self.objective.layers))]
+            expert = Outputs.of(known["features"], self.heads[task], states)
+        return Target(known.get("labels"), expert)
+
+
+def passes(images: Mapping[str, Tensor]) -> list[list[str]]:
+    """Which tasks go through the network together, in order: all of them, but on the CPU no more than keep the
+    activations in memory that is used again. (Beyond 32 MiB the C library returns every buffer to the system, and
+    taking it back costs a fifth of a step.)
+
+    Args:
+        images: (B, 3, H, W) by task.
+    """
+    room = 1 << 22  # values: 16 MiB of float32; the widest activation of a ViT-B/32 is as large as its input
+    groups: list[list[str]] = []
+    taken = 0
+    for task, part in images.items():
+        taken += part.numel()
+        if not groups or (part.device.type == "cpu" and taken > room):
+            groups.append([])
+            taken = part.numel()
+        groups[-1].append(task)
+    return groups
