@@ -1,11 +1,13 @@
 """Time both passes over τ and the whole optimiser step, beside the copy bandwidth and beside FusionBench.
 
 python scripts/benchmark.py                                   # passes and steps, a table and a JSON file
+python scripts/benchmark.py --gpu                             # the same on a CUDA device, for more banks and partitions
 python scripts/benchmark.py --peer .peer/bin/python --peer-script ../shared/peer/fusionbench_step.py
 
 The peer lives in an environment of its own: uv venv .peer && uv pip install --python .peer/bin/python
 fusion-bench==0.2.33. Every contestant runs in a fresh process, one after another, ``--rounds`` times round; figures are
 medians. Bytes of a pass are those that it cannot avoid: K·b·P of τ plus 4·P for every float32 tensor read or written.
+On a GPU, images are drawn on the device, and the peer, which draws them on the host, is charged for its phases alone.
 """
 # ruff: noqa: T201
 
@@ -15,233 +17,46 @@ import argparse
 import json
 import platform
 import re
-import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor
+from measures import measure_passes, measure_step
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from adamerge.bank import ParameterBank  # noqa: E402
-from adamerge.bank.storage import DTYPES, StoredTaskVectors  # noqa: E402
-from adamerge.files import scratch_file  # noqa: E402
-from adamerge.learning.losses import TaskLosses, passes  # noqa: E402
-from adamerge.merging import Coefficients, MergedModel, Partition, contract  # noqa: E402
-from adamerge.merging.merge import merge_into  # noqa: E402
-from adamerge.models.open_clip import ImageEncoder  # noqa: E402
-from adamerge.objectives import softmax_entropy  # noqa: E402
+from adamerge.bank.storage import DTYPES  # noqa: E402
+from adamerge.learning.losses import TaskLosses  # noqa: E402
+from adamerge.merging import MergedModel  # noqa: E402
 
-SIZES = {
-    "mini": {"embed_dim": 128, "image_size": 32, "patch_size": 8, "width": 128, "layers": 6, "head_width": 32},
-    "b32": {"embed_dim": 512, "image_size": 224, "patch_size": 32, "width": 768, "layers": 12, "head_width": 64},
-    "l14": {"embed_dim": 768, "image_size": 224, "patch_size": 14, "width": 1024, "layers": 24, "head_width": 64},
+DEFAULTS = {
+    "cpu": {
+        "threads": 2,
+        "passes": ["b32"],
+        "tasks": [8],
+        "partitions": ["task", "tensor", "block", "chunk(8)"],
+        "kernels": ["torch"],
+        "contestants": ["bf16-mixed/bfloat16", "32-true/float32", "reference"],
+        "steps": 3,
+    },
+    "cuda": {
+        "threads": 8,
+        "passes": ["b32", "l14"],
+        "tasks": [2, 4, 8, 16, 32, 64],
+        "partitions": ["task", "tensor", "block", "chunk(8)", "row", "random(8)"],
+        "kernels": ["triton", "torch"],
+        "contestants": ["bf16-mixed/bfloat16", "32-true/float32", "bf16-mixed/bfloat16/host", "reference"],
+        "steps": 20,
+    },
 }
-CLASSES = (397, 196, 45, 10, 10, 43, 10, 47, 100, 10, 102, 37, 2, 7, 47, 10, 101, 10, 2, 10)
-"""Of the field's 20 tasks, as the peer's driver has them."""
-
-
-def shapes_of(size: str) -> dict[str, torch.Size]:
-    """The tensors of a CLIP image tower in open_clip's layout."""
-    cfg = SIZES[size]
-    width, patch, tokens = cfg["width"], cfg["patch_size"], (cfg["image_size"] // cfg["patch_size"]) ** 2 + 1
-    shapes: dict[str, tuple[int, ...]] = {
-        "visual.class_embedding": (width,),
-        "visual.positional_embedding": (tokens, width),
-        "visual.proj": (width, cfg["embed_dim"]),
-        "visual.conv1.weight": (width, 3, patch, patch),
-    }
-    norms = ["ln_pre", "ln_post"]
-    for index in range(cfg["layers"]):
-        block = f"transformer.resblocks.{index}"
-        norms += [f"{block}.ln_1", f"{block}.ln_2"]
-        shapes[f"visual.{block}.attn.in_proj_weight"] = (3 * width, width)
-        shapes[f"visual.{block}.attn.in_proj_bias"] = (3 * width,)
-        for name, (rows, columns) in {
-            "attn.out_proj": (width, width),
-            "mlp.c_fc": (4 * width, width),
-            "mlp.c_proj": (width, 4 * width),
-        }.items():
-            shapes[f"visual.{block}.{name}.weight"] = (rows, columns)
-            shapes[f"visual.{block}.{name}.bias"] = (rows,)
-    for name in norms:
-        shapes |= {f"visual.{name}.weight": (width,), f"visual.{name}.bias": (width,)}
-    return {key: torch.Size(shape) for key, shape in shapes.items()}
-
-
-def random_bank(
-    pretrained: dict[str, Tensor], num_tasks: int, dtype: str, *, folder: str | None = None
-) -> ParameterBank:
-    """τ of the size that fine-tuning leaves, 0.002 per entry; in a mapped file in ``folder``, gone with the process."""
-    shapes = {key: tensor.shape for key, tensor in pretrained.items()}
-    file = scratch_file(Path(folder)) if folder else nullcontext()
-    with file as path:
-        task_vectors = StoredTaskVectors.empty(shapes, num_tasks, DTYPES[dtype], torch.float32, path)
-    for key, shape in shapes.items():
-        for task in range(num_tasks):
-            task_vectors.store(key, task, 0.002 * torch.randn(shape))
-    return ParameterBank(pretrained, task_vectors, tuple(f"task{task}" for task in range(num_tasks)))
-
-
-def timed(call: Callable[[], object], repeats: int) -> float:
-    """Median seconds, after one call that is not counted."""
-    call()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return median(seconds)
-
-
-def copy_bandwidth() -> float:
-    """Bytes read plus bytes written a second, between two touched buffers of 1 GiB."""
-    source, target = torch.ones(1 << 28), torch.zeros(1 << 28)
-    return 2 * 4 * source.numel() / timed(lambda: target.copy_(source), 7)
-
-
-def measure_passes(size: str, num_tasks: int, dtype: str, granularities: list[str]) -> dict:
-    """Both passes, as fractions of the copy bandwidth that is measured before and after each."""
-    bandwidth = [copy_bandwidth()]
-    pretrained = {key: torch.randn(shape) for key, shape in shapes_of(size).items()}
-    bank = random_bank(pretrained, num_tasks, dtype)
-    gradients = {key: torch.randn(shape) for key, shape in shapes_of(size).items()}
-    out = {key: torch.empty_like(tensor) for key, tensor in pretrained.items()}
-    parameters = sum(tensor.numel() for tensor in pretrained.values())
-    stored = num_tasks * DTYPES[dtype].itemsize
-    rows = []
-    for granularity in granularities:
-        partition = Partition.build(granularity, bank.shapes)
-        weights = torch.full((num_tasks, partition.num_groups), 0.3)
-        figures = {}
-        for name, fixed, call in (
-            ("merge", 8, lambda p=partition, w=weights: merge_into(out, bank, w, p)),
-            ("gradient", 4, lambda p=partition: contract(bank, gradients, p)),
-        ):
-            seconds = timed(call, 7)
-            bandwidth.append(copy_bandwidth())
-            share = (stored + fixed) * parameters / seconds / (sum(bandwidth[-2:]) / 2)
-            figures[name] = {"seconds": seconds, "of_copy_bandwidth": share}
-        rows.append((granularity, figures))
-    return {
-        "size": size,
-        "tasks": num_tasks,
-        "dtype": dtype,
-        "copy_bytes_per_second": median(bandwidth),
-        "partitions": dict(rows),
-    }
-
-
-def measure_step(size: str, num_tasks: int, batch: int, steps: int, contestant: str, folder: str | None = None) -> dict:
-    """Seconds of one optimiser step on random images, and the peak memory of the process.
-
-    Resident memory counts pages of mapped files, which the system takes back at will; anonymous memory does not.
-    """
-    from open_clip.model import CLIPVisionCfg, _build_vision_tower
-
-    cfg = SIZES[size]
-    tower = _build_vision_tower(cfg["embed_dim"], CLIPVisionCfg(**{k: v for k, v in cfg.items() if k != "embed_dim"}))
-    network = ImageEncoder(tower, *([0.5] * 3, [0.25] * 3)).requires_grad_(False)
-    pretrained = {name: value.detach() for name, value in network.named_parameters()}
-    heads = [
-        100 * torch.nn.functional.normalize(torch.randn(CLASSES[task % len(CLASSES)], cfg["embed_dim"]), dim=-1)
-        for task in range(num_tasks)
-    ]
-    side = cfg["image_size"]
-
-    def draw() -> list[Tensor]:
-        return [torch.randn(batch, 3, side, side) for _ in range(num_tasks)]
-
-    if contestant == "reference":
-        step = _reference_step(network, pretrained, heads)
-    else:
-        step = _our_step(network, pretrained, heads, *contestant.split("/")[:2], folder)
-    with PeakAnonymous() as anonymous:
-        seconds = timed(lambda: step(draw()), steps)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"sec_per_step": seconds, "peak_rss_MiB": peak / 1024, "peak_anonymous_MiB": anonymous.peak / 1024}
-
-
-class PeakAnonymous(threading.Thread):
-    """The most anonymous memory of this process while inside, in KiB, looked at every 5 ms."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak, self._done = 0, threading.Event()
-
-    def run(self) -> None:
-        while not self._done.wait(0.005):
-            status = Path("/proc/self/status").read_text()
-            self.peak = max(self.peak, int(status.partition("RssAnon:")[2].split()[0]))
-
-    def __enter__(self) -> PeakAnonymous:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self.join()
-
-
-def _our_step(
-    network: torch.nn.Module,
-    pretrained: dict[str, Tensor],
-    heads: list[Tensor],
-    precision: str,
-    dtype: str,
-    folder: str | None,
-) -> Callable[[list[Tensor]], None]:
-    bank = random_bank(pretrained, len(heads), dtype, folder=folder)
-    partition = Partition.build("tensor", bank.shapes)
-    coefficients = Coefficients(len(heads), partition.num_groups, init=0.3, constraint="clamp")
-    optimizer = torch.optim.Adam(coefficients.parameters(), lr=1e-3)
-    model = MergedModel(network, bank, partition)
-
-    def step(images: list[Tensor]) -> None:
-        value = coefficients()
-        groups = passes({str(task): part for task, part in enumerate(images)})
-        model.update(value, single_backward=len(groups) == 1)
-        for group in groups:
-            parts = [images[int(task)] for task in group]
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-                features = model(torch.cat(parts))
-            features = torch.nn.functional.normalize(features.float(), dim=-1).split([len(part) for part in parts])
-            losses = [softmax_entropy(f @ heads[int(t)].T).mean() for f, t in zip(features, group, strict=True)]
-            torch.stack(losses).sum().backward()
-        optimizer.zero_grad()
-        value.backward(model.coefficient_gradient())
-        optimizer.step()
-
-    return step
-
-
-def _reference_step(
-    network: torch.nn.Module, pretrained: dict[str, Tensor], heads: list[Tensor]
-) -> Callable[[list[Tensor]], None]:
-    from reference import layerwise
-
-    experts = [{key: value + 0.002 * torch.randn_like(value) for key, value in pretrained.items()} for _ in heads]
-    raw = torch.full((len(heads), len(pretrained)), 0.3)
-    optimizer = torch.optim.Adam([raw], lr=1e-3)
-
-    def step(images: list[Tensor]) -> None:
-        batches = [[part] for part in images]
-        raw.grad = layerwise.gradient(
-            network, pretrained, experts, heads, batches, raw, constraint="clamp", granularity="tensor"
-        )
-        optimizer.step()
-
-    return step
+"""Of the options, by device."""
 
 
 def measure_accuracy(suite: str, optimizer: str, seed: int, every: int) -> dict:
@@ -249,23 +64,19 @@ def measure_accuracy(suite: str, optimizer: str, seed: int, every: int) -> dict:
     import hydra.utils
     import pytorch_lightning as pl
 
-    from adamerge.cli.config import cache_dir, compose_config, settle
+    from adamerge.cli.config import compose_config, settle
     from adamerge.cli.lightning import quiet
+    from adamerge.cli.loading import load
     from adamerge.evaluation.evaluator import Evaluator
     from adamerge.learning.fit import learn
     from adamerge.learning.schedule import Schedule
     from adamerge.tasks.datamodule import TaskImages
-    from adamerge.tasks.problem import load_problem, suite_named
 
     quiet()
     named = ["suite=mini"] if suite == "mini" else ["suite=folder", f"suite.root='{suite}'"]
     config, _ = compose_config("train", [f"optimizer={optimizer}", *named])
     settle(config, learned=True)
-    cache = cache_dir(config)
-    options = {"adapt": config.data.adapt, "split_seed": config.data.split_seed, "fraction": config.data.fraction}
-    options |= {"include": [], "exclude": [], "strict_dtype": True, "device": "auto", "dtype": config.bank.dtype}
-    options["images_per_task"] = config.data.images_per_task
-    problem = load_problem(suite_named(config.suite.name, config.suite.root, None, cache), cache_dir=cache, **options)
+    problem = load(config)
     partition, coefficients = hydra.utils.instantiate(config.method).prepare(problem.bank)
     model = MergedModel(problem.clip.image_encoder, problem.bank, partition)
     evaluator = Evaluator(problem, torch.device("cpu"), config.trainer.precision, config.data.eval_batch_size)
@@ -346,21 +157,30 @@ def compare_steps(arguments: argparse.Namespace) -> list[dict]:
         for _ in range(arguments.rounds):
             for contestant in contestants:
                 task = {"size": size, "num_tasks": num_tasks, "batch": arguments.batch, "contestant": contestant}
-                task |= {"steps": arguments.steps}
-                task |= {"folder": arguments.disk} if contestant.endswith("/disk") else {}
+                task |= {"steps": arguments.steps, "device": arguments.device}
+                task |= {"folder": arguments.disk} if "/disk" in contestant else {}
                 found.setdefault(contestant, []).append(run_alone("step", task, arguments.threads))
             if arguments.peer:
-                command = [arguments.peer, arguments.peer_script, "--size", size, "--tasks", str(num_tasks)]
-                command += ["--batch", str(arguments.batch), "--steps", str(arguments.steps)]
-                found.setdefault("FusionBench", []).append(in_process([*command, "--threads", str(arguments.threads)]))
+                found.setdefault("FusionBench", []).append(run_peer(size, num_tasks, arguments))
         for contestant, runs in found.items():
-            measured = ("sec_per_step", "peak_rss_MiB", "peak_anonymous_MiB")
+            measured = ("sec_per_step", "peak_rss_MiB", "peak_anonymous_MiB", "peak_device_MiB")
             figures = {key: median(run[key] for run in runs) for key in measured if key in runs[0]}
             rows.append(
                 {"size": size, "tasks": num_tasks, "batch": arguments.batch, "contestant": contestant, **figures}
             )
             print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def run_peer(size: str, num_tasks: int, arguments: argparse.Namespace) -> dict:
+    """One run of FusionBench, in its environment."""
+    command = [arguments.peer, arguments.peer_script, "--size", size, "--tasks", str(num_tasks)]
+    command += ["--batch", str(arguments.batch), "--steps", str(arguments.steps), "--device", arguments.device]
+    run = in_process([*command, "--threads", str(arguments.threads)])
+    if arguments.device == "cuda":
+        run["sec_per_step"] = sum(run[f"t_{phase}"] for phase in ("forward", "backward", "optim", "merge"))
+        run["peak_device_MiB"] = run["cuda_peak_MiB"]
+    return run
 
 
 def run_alone(what: str, task: dict, threads: int) -> dict:
@@ -370,23 +190,33 @@ def run_alone(what: str, task: dict, threads: int) -> dict:
 
 def table(passes: list[dict], steps: list[dict], accuracy: list[dict]) -> str:
     """Everything in Markdown."""
-    lines = ["| τ | K | partition | merge, % of copy | gradient, % of copy |", "|---|--:|---|--:|--:|"]
+    lines = ["| τ | K | partition | kernels | merge, ms | GB/s | % of copy | gradient, ms | GB/s | % of copy |"]
+    lines += ["|---|--:|---|---|--:|--:|--:|--:|--:|--:|"]
     for entry in passes:
         for granularity, both in entry["partitions"].items():
-            share = [f"{100 * both[name]['of_copy_bandwidth']:.0f}" for name in ("merge", "gradient")]
-            lines.append(
-                f"| {entry['size']} {entry['dtype']} | {entry['tasks']} | {granularity} | {' | '.join(share)} |"
-            )
+            cells = [
+                f"{entry['size']} {entry['dtype']}",
+                str(entry["tasks"]),
+                granularity,
+                entry.get("kernels", "torch"),
+            ]
+            for name in ("merge", "gradient"):
+                speed = both[name]["of_copy_bandwidth"] * entry["copy_bytes_per_second"]
+                speed = both[name].get("bytes_per_second", speed)
+                cells += [f"{1000 * both[name]['seconds']:.3g}", f"{speed / 1e9:.0f}"]
+                cells += [f"{100 * both[name]['of_copy_bandwidth']:.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| model | K × images | step | s / step | peak MiB | times as fast as FusionBench | of its peak |"]
     lines += ["|---|---|---|--:|--:|--:|--:|"]
     peer = {(e["size"], e["tasks"], e["batch"]): e for e in steps if e["contestant"] == "FusionBench"}
     for entry in steps:
         base = peer.get((entry["size"], entry["tasks"], entry["batch"]))
+        memory = "peak_device_MiB" if "peak_device_MiB" in entry else "peak_rss_MiB"
         ratio = f"{base['sec_per_step'] / entry['sec_per_step']:.2f}" if base else "–"
-        memory = f"{100 * entry['peak_rss_MiB'] / base['peak_rss_MiB']:.0f} %" if base else "–"
+        share = f"{100 * entry[memory] / base[memory]:.0f} %" if base else "–"
         lines.append(
             f"| {entry['size']} | {entry['tasks']} × {entry['batch']} | {entry['contestant']} | "
-            f"{entry['sec_per_step']:.3f} | {entry['peak_rss_MiB']:.0f} | {ratio} | {memory} |"
+            f"{entry['sec_per_step']:.4g} | {entry[memory]:.0f} | {ratio} | {share} |"
         )
     lines += ["", "| suite | recipe | seeds | steps | seconds | accuracy, % | steps to goal | seconds to goal |"]
     lines += ["|---|---|--:|--:|--:|--:|--:|--:|"]
@@ -402,20 +232,24 @@ def table(passes: list[dict], steps: list[dict], accuracy: list[dict]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--passes", nargs="*", default=["b32"], help="sizes whose passes are timed")
-    parser.add_argument("--tasks", type=int, nargs="+", default=[8], help="K of the passes")
+    parser.add_argument("--gpu", dest="device", action="store_const", const="cuda", default="cpu", help="on CUDA")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--passes", nargs="*", help="sizes whose passes are timed")
+    parser.add_argument("--tasks", type=int, nargs="+", help="K of the passes")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES))
-    parser.add_argument("--partitions", nargs="+", default=["task", "tensor", "block", "chunk(8)"])
+    parser.add_argument("--partitions", nargs="+")
+    parser.add_argument(
+        "--kernels", nargs="+", choices=["triton", "torch"], help="of the passes; triton with --gpu only"
+    )
     parser.add_argument("--steps-of", nargs="*", default=["b32:8"], help="SIZE:TASKS of the steps")
     parser.add_argument("--batch", type=int, default=16, help="images per task")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--contestants",
         nargs="+",
-        default=["bf16-mixed/bfloat16", "32-true/float32", "reference"],
-        help="PRECISION/DTYPE of τ, with /disk for τ in a mapped file; or reference, the plain implementation",
+        help="PRECISION/DTYPE of τ, with /host or /disk for τ that is streamed from there, and /MODE of torch.compile "
+        "(default, reduce-overhead, …); or reference, the plain implementation",
     )
     parser.add_argument("--accuracy-of", nargs="*", default=[], help="mini, or folders of suites: accuracy over steps")
     parser.add_argument("--seeds", type=int, default=5, help="of --accuracy-of")
@@ -428,6 +262,7 @@ def main() -> None:
         help="JSON file, whose rows are replaced one by one; benchmarks/results/<device>.json by default",
     )
     parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
+    parser.set_defaults(**DEFAULTS[parser.parse_known_args()[0].device])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -435,30 +270,39 @@ def main() -> None:
         measure = {"step": measure_step, "passes": measure_passes, "accuracy": measure_accuracy}[arguments.alone[0]]
         print(json.dumps(measure(**json.loads(arguments.alone[1]))))
         return
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--gpu needs a CUDA device, and torch finds none. Leave --gpu out to measure on the CPU.")
+    if arguments.device == "cpu" and "triton" in arguments.kernels:
+        parser.error("--kernels triton needs --gpu")
     if bool(arguments.peer) != bool(arguments.peer_script):
         parser.error("--peer and --peer-script go together")
     arguments.steps_of = [(size, int(tasks)) for size, _, tasks in (item.partition(":") for item in arguments.steps_of)]
     passes = []
-    for size in arguments.passes:
-        for num_tasks in arguments.tasks:
-            for dtype in arguments.dtypes:
-                task = {"size": size, "num_tasks": num_tasks, "dtype": dtype, "granularities": arguments.partitions}
-                passes.append(run_alone("passes", task, arguments.threads))
-                print(json.dumps(passes[-1]), flush=True)
+    for size, num_tasks, dtype, kernels in product(
+        arguments.passes, arguments.tasks, arguments.dtypes, arguments.kernels
+    ):
+        task = {"size": size, "num_tasks": num_tasks, "dtype": dtype, "granularities": arguments.partitions}
+        task |= {"device": arguments.device, "kernels": kernels}
+        passes.append(run_alone("passes", task, arguments.threads))
+        print(json.dumps(passes[-1]), flush=True)
     steps = compare_steps(arguments)
     accuracy = compare_accuracy(arguments)
-    device = re.sub(r"\W+", "-", f"{platform.machine()}-{arguments.threads}-threads").lower()
-    out = arguments.out or ROOT / "benchmarks" / "results" / f"{device}.json"
+    if arguments.device == "cuda":
+        chip, device = "gpu", torch.cuda.get_device_name()
+    else:
+        chip, device = "cpu", f"{platform.machine()}-{arguments.threads}-threads"
+    name = re.sub(r"\W+", "-", device).lower()
+    out = arguments.out or ROOT / "benchmarks" / "results" / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     record = json.loads(out.read_text()) if out.exists() else {}
-    record["torch"], record["cpu"] = torch.__version__, processor()
+    record["torch"], record[chip] = torch.__version__, processor() if chip == "cpu" else device
     identities = {
-        "passes": ("size", "tasks", "dtype"),
+        "passes": ("size", "tasks", "dtype", "kernels"),
         "steps": ("size", "tasks", "batch", "contestant"),
         "accuracy": ("suite", "optimizer"),
     }
     for (kind, names), new in zip(identities.items(), (passes, steps, accuracy), strict=True):
-        found = {tuple(row[name] for name in names): row for row in [*record.get(kind, []), *new]}
+        found = {tuple(row.get(name, "torch") for name in names): row for row in [*record.get(kind, []), *new]}
         record[kind] = list(found.values())
     out.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record["passes"], record["steps"], record["accuracy"]))

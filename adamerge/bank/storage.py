@@ -1,9 +1,11 @@
-"""Where τ lives: in which dtype, on the device, in memory or in a file that is mapped into it."""
+"""Where τ lives: in which dtype, on the device, in (page-locked) memory, or in a file that is mapped into it."""
 
 import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +92,9 @@ class StoredTaskVectors(Mapping[str, Tensor]):
         *,
         mapped: bool = False,
     ) -> None:
-        self.values_by_key, self.scales_by_key, self._dtype, self._mapped = values, scales, dtype, mapped
+        self.values_by_key = dict(values)
+        self.scales_by_key = None if scales is None else dict(scales)
+        self._dtype, self._stays = dtype, mapped
 
     @classmethod
     def empty(
@@ -146,13 +150,46 @@ class StoredTaskVectors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.values_by_key)
 
+    def pin(self) -> None:
+        """Move everything into page-locked memory, where it stays whatever device computes with it.
+
+        It is one block, registered with the driver: torch's own page-locked tensors are rounded up to powers of two.
+        Without CUDA nothing happens.
+
+        Raises:
+            ConfigError: If the system does not lock so much.
+        """
+        if not torch.cuda.is_available():
+            return
+        places = [tensors for tensors in (self.values_by_key, self.scales_by_key) if tensors is not None]
+        sizes = [-(-tensor.nbytes // 64) * 64 for tensors in places for tensor in tensors.values()]
+        block = torch.empty(sum(sizes), dtype=torch.uint8)
+        rooms = iter(block.split(sizes))
+        for tensors in places:
+            for key, old in tensors.items():  # one at a time, so that nothing but one tensor exists twice
+                tensors[key] = next(rooms)[: old.nbytes].view(old.dtype).view(old.shape).copy_(old)
+        runtime: Any = torch.cuda.cudart()
+        if error := int(runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)):
+            raise ConfigError(
+                f"bank.device=host: {block.nbytes / 2**30:.1f} GiB of task vectors cannot be locked in memory (CUDA "
+                f"error {error}). Narrow them with bank.dtype, or use bank.device=disk."
+            )
+        weakref.finalize(self, _unlock, runtime, block.data_ptr()).atexit = False
+        self._stays = True
+
     def to(self, device: torch.device | str) -> "StoredTaskVectors":
-        """The same on ``device``; itself where the values stay in a file."""
-        if self._mapped:
+        """The same on ``device``; itself where the values stay in a file or in page-locked memory."""
+        if self._stays:
             return self
         values = {key: tensor.to(device) for key, tensor in self.values_by_key.items()}
         scales = self.scales_by_key and {key: tensor.to(device) for key, tensor in self.scales_by_key.items()}
         return StoredTaskVectors(values, scales, self._dtype)
+
+
+def _unlock(runtime: Any, address: int) -> None:
+    """Undo the registration of page-locked memory, when no copy out of it is on its way."""
+    torch.cuda.synchronize()
+    runtime.cudaHostUnregister(address)
 
 
 def row_count(shape: Sequence[int]) -> int:

@@ -10,10 +10,10 @@ from rich.table import Table
 from adamerge.bank import read_checkpoint
 from adamerge.cli import config as configuration
 from adamerge.cli.lightning import quiet
+from adamerge.cli.loading import load
 from adamerge.errors import KeyMismatchError, shortlist
 from adamerge.evaluation.evaluator import Accuracies, Evaluator
 from adamerge.export.writers import WEIGHTS_NAME
-from adamerge.tasks.problem import load_problem, suite_named
 
 
 def evaluate_checkpoint(config: DictConfig, console: Console) -> Accuracies:
@@ -27,20 +27,7 @@ def evaluate_checkpoint(config: DictConfig, console: Console) -> Accuracies:
     path = Path(config.checkpoint)
     file = path / WEIGHTS_NAME if path.is_dir() else path
     state = read_checkpoint(file)
-    cache_dir = configuration.cache_dir(config)
-    tasks = list(config.suite.tasks) if config.suite.tasks is not None else None
-    problem = load_problem(
-        suite_named(config.suite.name, config.suite.root, tasks, cache_dir),
-        cache_dir=cache_dir,
-        include=config.model.include,
-        exclude=config.model.exclude,
-        strict_dtype=config.bank.strict_dtype,
-        dtype=config.bank.dtype,
-        device=config.bank.device,
-        adapt=config.data.adapt,
-        split_seed=config.data.split_seed,
-        fraction=config.data.fraction,
-    )
+    problem = load(config)
     shapes = problem.bank.shapes
     if wrong := [key for key, shape in shapes.items() if key not in state or state[key].shape != shape]:
         raise KeyMismatchError(

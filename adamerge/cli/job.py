@@ -20,6 +20,7 @@ from adamerge.cli import config as configuration
 from adamerge.cli.console import announce, conclude
 from adamerge.cli.learning import learn_coefficients
 from adamerge.cli.lightning import quiet
+from adamerge.cli.loading import load
 from adamerge.errors import OutputError
 from adamerge.evaluation.evaluator import Accuracies, Evaluator, mean_normalized
 from adamerge.evaluation.report import Results, TaskResult, peak_memory_bytes
@@ -28,7 +29,7 @@ from adamerge.export.run import export_run
 from adamerge.files import write_text
 from adamerge.methods import StaticMethod
 from adamerge.methods.static import Individual, TaskArithmetic
-from adamerge.tasks.problem import Problem, load_problem, suite_named
+from adamerge.tasks.problem import Problem
 
 REFERENCE_SCALING = 0.3
 """λ of the Task Arithmetic column of every table."""
@@ -127,22 +128,8 @@ class Job:
 
     def _load(self) -> Problem:
         config = self.config
-        cache_dir = configuration.cache_dir(config)
-        tasks = list(config.suite.tasks) if config.suite.tasks is not None else None
         with self.console.status("reading the model, the experts and the images"):
-            problem = load_problem(
-                suite_named(config.suite.name, config.suite.root, tasks, cache_dir),
-                cache_dir=cache_dir,
-                include=config.model.include,
-                exclude=config.model.exclude,
-                strict_dtype=config.bank.strict_dtype,
-                dtype=config.bank.dtype,
-                device=config.bank.device,
-                adapt=config.data.adapt,
-                split_seed=config.data.split_seed,
-                fraction=config.data.fraction,
-                images_per_task=config.data.images_per_task,
-            )
+            problem = load(config)
         if config.export.checkpoint:
             need_room(self.run_dir, 4 * sum(tensor.numel() for tensor in problem.clip.state_dict.values()))
         return problem
@@ -161,9 +148,7 @@ class Job:
         if len(candidates) == 1:
             return candidates[0](problem.bank)
         labelled = problem.labelled()
-        own: Accuracies = {}
-        for task in problem.bank.task_names:
-            own |= evaluator(problem.bank.expert(task), tasks=[task], images=labelled, cached=True)
+        own = evaluator.experts(images=labelled)
         scores = []
         for candidate in candidates:
             scores.append(mean_normalized(evaluator(candidate(problem.bank), images=labelled), own))

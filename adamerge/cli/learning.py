@@ -1,27 +1,37 @@
 """The part of the main job that learns: images and targets, stages, and what is kept when it is cut short."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra.utils
+import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
 from adamerge.bank import ParameterBank
 from adamerge.cli.lightning import progress_bar
+from adamerge.cli.masking import learn_mask, mask_beside, masked
 from adamerge.errors import ConfigError, TrainingError, shortlist
-from adamerge.evaluation.evaluator import Evaluator
+from adamerge.evaluation.evaluator import Accuracies, Evaluator
 from adamerge.export.coefficients import SavedCoefficients, read_coefficients, write_coefficients
+from adamerge.export.mask import describe_mask
 from adamerge.learning.experts import expert_targets
 from adamerge.learning.fit import Learned, UserInterruptError, learn
 from adamerge.learning.losses import TaskLosses
 from adamerge.learning.schedule import Schedule
-from adamerge.merging import MergedModel
+from adamerge.learning.selection import Selection
+from adamerge.learning.start import gradient_at_start
+from adamerge.learning.trusted import TrustedImages
+from adamerge.merging import Coefficients, MergedModel
 from adamerge.methods import Learner
-from adamerge.objectives import Objective
-from adamerge.tasks.datamodule import TaskImages, split_indices
+from adamerge.methods.learned import Concrete
+from adamerge.objectives import FixMatch, Objective
+from adamerge.tasks.datamodule import TaskImages, draw_shots, split_indices
+from adamerge.tasks.datasets import ImageSet
 from adamerge.tasks.problem import Problem
+from adamerge.tasks.views import RandomView
 
 
 def learn_coefficients(
@@ -39,25 +49,49 @@ def learn_coefficients(
     description = method.transform.to_json() if method.transform else None
     if method.coefficients is not None:
         saved = read_coefficients(Path(method.coefficients))
+        mask = mask_beside(saved, method.coefficients) if isinstance(method, Concrete) else None
+        description = describe_mask(mask, description) if mask else description
         check_coefficients_fit(saved, problem, description, method.coefficients)
-        model = MergedModel(problem.clip.image_encoder, _transformed(method, problem.bank), saved.partition)
+        bank = _transformed(method, problem.bank)
+        model = MergedModel(problem.clip.image_encoder, masked(bank, mask) if mask else bank, saved.partition)
         model.update(saved.coefficients)
         return model.weights(), saved, None
     objective = hydra.utils.instantiate(config.objective)
     tasks = method.learns_from(problem.bank.task_names)
-    data = _images(objective, tasks, problem, config, evaluator)
+    data = _images(objective, tasks, problem, config, evaluator, method.draws(config.trainer.max_steps))
+    selection = _selection(method, objective, tasks, problem, config, evaluator)
     bank = _transformed(method, problem.bank)
     losses = TaskLosses(
         objective,
         {task: problem.heads[task] for task in tasks},
-        task_weights(config.data.task_weights, tasks),
+        {task: method.factor(task) * weight for task, weight in task_weights(config.data.task_weights, tasks).items()},
         config.data.fuse_tasks,
     )
     make_logger = hydra.utils.instantiate(config.logger)
+    make_trainer = hydra.utils.instantiate(config.trainer)
+    history = None
+    if isinstance(method, Concrete):
+        mask, history = learn_mask(method, problem, bank, losses, data, config, run_dir, method_name)
+        bank, description = masked(bank, mask), describe_mask(mask, description)
+        make_trainer = make_trainer if method.learn_coefficients else partial(make_trainer, max_steps=0)
     learned, stage, prepared = None, 0, method.prepare(bank)
     while prepared is not None:
         partition, coefficients = prepared
         model = MergedModel(problem.clip.image_encoder, bank, partition, compiled=config.model.compile)
+        renewal = partial(_renewal, objective, model, tasks, problem, config, evaluator)
+        data.renew = renewal(coefficients)
+        start = partial(
+            gradient_at_start,
+            model,
+            coefficients,
+            losses,
+            data,
+            steps=data.steps_per_pass,
+            device=evaluator.device,
+            precision=evaluator.precision,
+        )
+        coefficients = method.restrict(coefficients, start)
+        data.renew = renewal(coefficients)
         try:
             learned = learn(
                 model,
@@ -66,10 +100,12 @@ def learn_coefficients(
                 data,
                 run_dir=run_dir,
                 stage=stage,
-                make_trainer=hydra.utils.instantiate(config.trainer),
+                make_trainer=make_trainer,
                 optimizer=hydra.utils.instantiate(config.optimizer),
                 schedule=Schedule(**config.schedule),
                 penalty=method.penalty,
+                starts=method.starts,
+                selection=selection,
                 resume=config.resume is not None,
                 callbacks=[progress_bar()],
                 logger=make_logger(save_dir=run_dir) if make_logger else False,
@@ -91,7 +127,7 @@ def learn_coefficients(
     saved = SavedCoefficients(
         learned.coefficients, bank.task_names, learned.partition, description, bank.base_hash, method_name
     )
-    return model.weights(), saved, learned
+    return model.weights(), saved, learned.after(history) if history else learned
 
 
 def _transformed(method: Learner, bank: ParameterBank) -> ParameterBank:
@@ -99,36 +135,114 @@ def _transformed(method: Learner, bank: ParameterBank) -> ParameterBank:
 
 
 def _images(
-    objective: Objective, tasks: Sequence[str], problem: Problem, config: DictConfig, evaluator: Evaluator
+    objective: Objective, tasks: Sequence[str], problem: Problem, config: DictConfig, evaluator: Evaluator, draws: int
 ) -> TaskImages:
-    """The images that are learned from, with what the objective needs to know about them and no more."""
+    """The images that are learned from, with what the objective needs to know about them in so many draws, no more."""
     options: dict[str, Any] = {
         "images_per_batch": config.data.images_per_batch,
         "batches_per_step": config.data.batches_per_step,
         "seed": config.seed,
     }
+    view = RandomView(config.data.crop_scale, config.data.flip)
+    view = view if view.crop_scale < 1 or view.flip else None
     if objective.needs == "labels":
-        labelled = problem.labelled()
+        labelled = problem.labelled(tasks)
         images = {task: labelled[task].images for task in tasks}
-        limits = {name: config.data[name] for name in ("split_seed", "fraction", "images_per_task")}
-        indices = {task: split_indices(len(images[task]), task, adapt="all", **limits)[0] for task in tasks}
+        indices = {task: _learned_rows(task, labelled[task], config) for task in tasks}
         data = TaskImages(images, indices, **options)
         data.targets = {task: {"labels": labels} for task in tasks if (labels := labelled[task].labels) is not None}
+        data.view = view
         return data
     images = {task: problem.unlabeled[task].images for task in tasks}
     data = TaskImages(images, {task: problem.adapt_indices[task] for task in tasks}, **options)
+    data.view = view
+    if isinstance(objective, FixMatch):
+        data.trusted_share = objective.trusted_share
     if objective.needs == "experts":
+        if view is not None:
+            raise ConfigError(
+                "the experts see every image once, as it is. Use data.crop_scale=1 data.flip=false with this objective."
+            )
         data.targets = expert_targets(
             problem.clip.image_encoder,
             problem.bank,
             images,
-            {task: data.drawn(task, config.trainer.max_steps) for task in tasks},
+            {task: data.drawn(task, draws) for task in tasks},
             objective,
             device=evaluator.device,
             precision=evaluator.precision,
             batch_size=evaluator.batch_size,
         )
     return data
+
+
+def _learned_rows(task: str, labelled: ImageSet, config: DictConfig) -> Tensor:
+    """Which labelled images a supervised learner learns from."""
+    data = config.data
+    limits = {name: data[name] for name in ("split_seed", "fraction", "images_per_task")}
+    if data.shots is None or labelled.labels is None:
+        return split_indices(len(labelled.images), task, adapt="all", **limits)[0]
+    if data.fraction != 1 or data.images_per_task is not None:
+        raise ConfigError("data.shots stands alone. Drop data.fraction and data.images_per_task.")
+    return draw_shots(labelled.labels, data.shots, task, split_seed=data.split_seed)
+
+
+def _renewal(
+    objective: Objective,
+    model: MergedModel,
+    tasks: Sequence[str],
+    problem: Problem,
+    config: DictConfig,
+    evaluator: Evaluator,
+    coefficients: Coefficients,
+) -> Callable[[int], Mapping[str, Mapping[str, Tensor]] | None]:
+    """What is looked at again, before each step, about the images."""
+    if not isinstance(objective, FixMatch):
+        return lambda step: None
+    return TrustedImages(
+        model,
+        coefficients,
+        {task: problem.unlabeled[task].images for task in tasks},
+        {task: problem.adapt_indices[task] for task in tasks},
+        problem.heads,
+        objective,
+        steps=config.trainer.max_steps,
+        batch_size=evaluator.batch_size,
+        precision=evaluator.precision,
+    )
+
+
+def _selection(
+    method: Learner,
+    objective: Objective,
+    tasks: Sequence[str],
+    problem: Problem,
+    config: DictConfig,
+    evaluator: Evaluator,
+) -> Selection | None:
+    """How the method chooses among its iterates: on labelled images that it does not learn from, if there are any."""
+    every = method.candidates_every
+    if every is None:
+        return None
+    images = problem.labelled(tasks)
+    rows = {task: torch.arange(len(images[task].images)) for task in tasks}
+    for task, every_row in rows.items():
+        seen = _learned_rows(task, images[task], config) if objective.needs == "labels" else every_row[:0]
+        left = every_row[~torch.isin(every_row, seen)]
+        rows[task] = left if len(left) else every_row
+    known = {"tasks": tasks, "images": images, "rows": rows}
+    pretrained = _accuracies(evaluator(problem.bank.pretrained, cached=True, **known))
+    experts = _accuracies(evaluator.experts(**known))
+    return Selection(
+        every,
+        score=lambda model: _accuracies(evaluator(model.weights(), **known)),
+        merit=lambda merged: method.merit(merged, pretrained, experts),
+    )
+
+
+def _accuracies(found: Accuracies) -> dict[str, float]:
+    """Of images that all have labels."""
+    return {task: accuracy for task, accuracy in found.items() if accuracy is not None}
 
 
 def task_weights(given: Mapping[str, float] | None, tasks: Sequence[str]) -> dict[str, float]:

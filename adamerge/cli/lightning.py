@@ -30,15 +30,23 @@ def best_precision(device: torch.device) -> str:
     return "bf16-mixed" if fast else "32-true"
 
 
-def progress_bar() -> Callback:
-    """Lightning's bar with rate and time left, refreshed as rarely as the losses are read."""
-    return _LearningBar(refresh_rate=CHECKPOINT_EVERY)
+def progress_bar(learned: str = "coefficients") -> Callback:
+    """Lightning's bar with rate and time left, refreshed as rarely as the losses are read.
+
+    Args:
+        learned: What is learned, in a word.
+    """
+    return _LearningBar(learned)
 
 
 class _LearningBar(TQDMProgressBar):
+    def __init__(self, learned: str) -> None:
+        super().__init__(refresh_rate=CHECKPOINT_EVERY)
+        self._learned = learned
+
     def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
         super().on_train_epoch_start(trainer, *_)
-        self.train_progress_bar.set_description("learning coefficients")
+        self.train_progress_bar.set_description(f"learning {self._learned}")
 
     def get_metrics(self, *args: Any) -> dict[str, Any]:
         return {key: value for key, value in super().get_metrics(*args).items() if key != "v_num"}

@@ -40,6 +40,7 @@ class Evaluator:
         *,
         tasks: Iterable[str] | None = None,
         images: Mapping[str, ImageSet] | None = None,
+        rows: Mapping[str, Tensor] | None = None,
         cached: bool = False,
     ) -> Accuracies:
         """Top-1 accuracy by task, as fractions; None where there are no labels.
@@ -47,7 +48,8 @@ class Evaluator:
         Args:
             weights: Tensors of the image tower by key; keys that are not merged keep their pretrained values.
             tasks: All by default.
-            images: Other images, all of them scored, instead of the problem's.
+            images: Other images instead of the problem's.
+            rows: Which of those to score, by task; all by default.
             cached: Whether to look the result up, and keep it, by content.
         """
         problem = self.problem
@@ -67,7 +69,7 @@ class Evaluator:
         found: Accuracies = {}
         for task in tasks or problem.bank.task_names:
             split = images[task] if images else problem.scored[task]
-            indices = None if images else problem.score_indices[task]
+            indices = (rows[task] if rows else None) if images else problem.score_indices[task]
             head = problem.heads[task]
 
             def compute(split: ImageSet = split, indices: Tensor | None = indices, head: Tensor = head) -> float | None:
@@ -93,12 +95,18 @@ class Evaluator:
             found[task] = cache.get_or_compute(parts, compute)
         return found
 
-    def experts(self) -> Accuracies:
-        """Every expert on its own task."""
+    def experts(
+        self,
+        *,
+        tasks: Iterable[str] | None = None,
+        images: Mapping[str, ImageSet] | None = None,
+        rows: Mapping[str, Tensor] | None = None,
+    ) -> Accuracies:
+        """Every expert on its own task; arguments as for a call."""
         bank = self.problem.bank
         found: Accuracies = {}
-        for task in bank.task_names:
-            found |= self(bank.expert(task), tasks=[task], cached=True)
+        for task in tasks or bank.task_names:
+            found |= self(bank.expert(task), tasks=[task], images=images, rows=rows, cached=True)
         return found
 
 

@@ -1,7 +1,7 @@
 """What every expert says about its own task's images, computed once from the bank."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,12 @@ from adamerge.models.hidden import HiddenStates
 from adamerge.objectives import Objective
 
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """What Lightning's Trainer of that precision puts around a step."""
+    dtype = _AUTOCAST.get(precision)
+    return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
 
 
 @torch.no_grad()
@@ -44,7 +50,6 @@ def expert_targets(
     """
     model = MergedModel(network, bank, Partition.build("task", bank.shapes))
     model.to(device)
-    dtype = _AUTOCAST.get(precision)
     found: dict[str, dict[str, Tensor]] = {}
     for task, wanted in rows.items():
         one_hot = torch.zeros(bank.num_tasks, 1, device=device)
@@ -54,7 +59,7 @@ def expert_targets(
         of_task: dict[str, Tensor] = {}
         try:
             for some in wanted.split(batch_size):
-                with torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
+                with autocast(device, precision):
                     features = model(images[task][some].to(device, non_blocking=True))
                 states = {f"hidden/{i}": state for i, state in enumerate(hidden.take())}
                 for name, values in {"features": features, **states}.items():

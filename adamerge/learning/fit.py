@@ -1,9 +1,10 @@
 """Run a learner: the Trainer, its checkpoints, and what is left when it ends."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -17,11 +18,14 @@ from adamerge.files import atomic_file
 from adamerge.learning.losses import TaskLosses
 from adamerge.learning.module import CoefficientLearner
 from adamerge.learning.schedule import Schedule
+from adamerge.learning.selection import Selection
 from adamerge.merging import Coefficients, MergedModel, Partition
 from adamerge.tasks.datamodule import TaskImages
 
 CHECKPOINT_EVERY = 10
 """Optimiser steps between two checkpoints, and between two looks at the losses."""
+
+Module = TypeVar("Module", bound=CoefficientLearner)
 
 
 class UserInterruptError(AdamergeError):
@@ -46,6 +50,15 @@ class Learned:
     mean_coefficients: Tensor
     steps: int
 
+    def after(self, earlier: "Learned") -> "Learned":
+        """The same with the history of what was learned before in front."""
+        return replace(
+            self,
+            losses=torch.cat([earlier.losses, self.losses]),
+            mean_coefficients=torch.cat([earlier.mean_coefficients, self.mean_coefficients]),
+            steps=earlier.steps + self.steps,
+        )
+
 
 def learn(
     model: MergedModel,
@@ -60,6 +73,8 @@ def learn(
     schedule: Schedule,
     resume: bool,
     penalty: Callable[[Tensor], Tensor | None] = lambda coefficients: None,
+    starts: Sequence[float] = (),
+    selection: Selection | None = None,
     callbacks: Iterable[Callback] = (),
     logger: Any = False,
 ) -> Learned:
@@ -69,37 +84,76 @@ def learn(
         UserInterruptError: On Ctrl-C.
         TrainingError: If a loss is not finite or memory runs out.
     """
-    checkpoint = run_dir / "checkpoints" / (f"stage-{stage}.ckpt" if stage else "last.ckpt")
+    learner, steps = train(
+        partial(
+            CoefficientLearner,
+            model,
+            coefficients,
+            losses,
+            penalty=penalty,
+            optimizer=optimizer,
+            schedule=schedule,
+            starts=starts,
+            selection=selection,
+        ),
+        data,
+        run_dir=run_dir,
+        name=f"stage-{stage}" if stage else "last",
+        make_trainer=make_trainer,
+        resume=resume,
+        callbacks=callbacks,
+        logger=logger,
+    )
+    final = learner.result().cpu()
+    return Learned(final, model.partition, learner.losses.cpu(), learner.mean_coefficients.cpu(), steps)
+
+
+def train(
+    build: Callable[..., Module],
+    data: pl.LightningDataModule,
+    *,
+    run_dir: Path,
+    name: str,
+    make_trainer: Callable[..., pl.Trainer],
+    resume: bool,
+    callbacks: Iterable[Callback],
+    logger: Any,
+    save_every: int = CHECKPOINT_EVERY,
+) -> tuple[Module, int]:
+    """Run a module as far as its Trainer goes; with ``resume`` from its checkpoint in ``run_dir``, if there is one.
+
+    Args:
+        build: Makes the module, given ``max_steps`` and ``check_every``.
+        data: Its batches.
+        name: Of the checkpoint.
+        save_every: Optimiser steps between two checkpoints.
+
+    Returns:
+        The module and its optimiser steps.
+
+    Raises:
+        UserInterruptError: On Ctrl-C.
+        TrainingError: If a loss is not finite or memory runs out.
+    """
+    checkpoint = run_dir / "checkpoints" / f"{name}.ckpt"
     trainer = make_trainer(
-        callbacks=[
-            *callbacks,
-            _Checkpoints(checkpoint),
-        ],
+        callbacks=[*callbacks, _Checkpoints(checkpoint, save_every)],
         plugins=[_AtomicCheckpoints()],
         enable_checkpointing=False,  # Lightning's own callback; ours is in the list
         logger=logger,
         default_root_dir=run_dir,
     )
-    learner = CoefficientLearner(
-        model,
-        coefficients,
-        losses,
-        penalty=penalty,
-        optimizer=optimizer,
-        schedule=schedule,
-        max_steps=trainer.max_steps,
-        check_every=CHECKPOINT_EVERY,
-    )
+    learner = build(max_steps=trainer.max_steps, check_every=CHECKPOINT_EVERY)
     if trainer.is_global_zero and not resume:
         checkpoint.unlink(missing_ok=True)  # of another run in the same folder
     if trainer.max_steps > 0:
         _fit(trainer, learner, data, str(checkpoint) if resume and checkpoint.exists() else None)
-    with torch.no_grad():
-        final = coefficients().cpu()
-    return Learned(final, model.partition, learner.losses.cpu(), learner.mean_coefficients.cpu(), trainer.global_step)
+    return learner, trainer.global_step
 
 
-def _fit(trainer: pl.Trainer, learner: CoefficientLearner, data: TaskImages, resume_from: str | None) -> None:
+def _fit(
+    trainer: pl.Trainer, learner: CoefficientLearner, data: pl.LightningDataModule, resume_from: str | None
+) -> None:
     try:
         trainer.fit(learner, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except SystemExit as error:  # how Lightning ends after Ctrl-C
@@ -123,11 +177,11 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 class _Checkpoints(Callback):
     """One file, replaced every few optimiser steps. (Lightning's own callback means to save before manual steps.)"""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, every: int) -> None:
+        self._path, self._every = path, every
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step % CHECKPOINT_EVERY == 0 or trainer.global_step == trainer.max_steps:
+        if trainer.global_step % self._every == 0 or trainer.global_step == trainer.max_steps or trainer.should_stop:
             trainer.save_checkpoint(self._path)
 
 

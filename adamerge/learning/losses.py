@@ -1,6 +1,6 @@
 """Losses of all tasks under the merged weights, and their backward pass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,9 @@ class TaskLosses:
         heads: Zero-shot head by task, (C, d), logit scale included; these are the tasks that are learned from.
         task_weights: Factor of each task's loss, by task.
         fuse_tasks: All tasks in one forward pass, or one after another in the memory of one; "auto" is as ``passes``.
+
+    Attributes:
+        progress: Share of the run that is done, which some objectives depend on.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class TaskLosses:
         self.heads = dict(heads)
         self._task_weights = task_weights
         self._fuse_tasks = fuse_tasks
+        self.progress = 0.0
 
     def to(self, device: torch.device) -> None:
         """Move the heads."""
@@ -83,23 +87,36 @@ class TaskLosses:
         sizes = [len(part) for part in parts]
         features = model(torch.cat(parts)).split(sizes)
         states = [state.split(sizes) for state in hidden.take()]
+        weak = self._weak(model, [batch["targets"][task] for task in tasks])
         return torch.stack(
-            [self._loss(task, features[i], [state[i] for state in states], batch) for i, task in enumerate(tasks)]
+            [
+                self._loss(task, features[i], [state[i] for state in states], weak[i], batch)
+                for i, task in enumerate(tasks)
+            ]
         )
 
-    def _loss(self, task: str, features: Tensor, hidden: list[Tensor], batch: Batch) -> Tensor:
+    @torch.no_grad()
+    def _weak(self, model: MergedModel, known: list[Mapping[str, Any]]) -> Sequence[Tensor | None]:
+        """Features of the images as they are, by task, where they are given. (After those that get a gradient, since
+        autocast casts weights once.)"""
+        parts = [of_task["weak"] for of_task in known if "weak" in of_task]
+        found = iter(model(torch.cat(parts)).split([len(part) for part in parts])) if parts else iter(())
+        return [next(found) if "weak" in of_task else None for of_task in known]
+
+    def _loss(self, task: str, features: Tensor, hidden: list[Tensor], weak: Tensor | None, batch: Batch) -> Tensor:
         # Normalised in float32: half precision would cost the logits, which are 100 times a cosine, two digits.
         with torch.autocast(features.device.type, enabled=False):
             outputs = Outputs.of(features, self.heads[task], hidden)
-            target = self._target(task, batch["targets"][task])
+            target = self._target(task, batch["targets"][task], weak)
             return self._task_weights[task] * (self.objective(outputs, target) * batch["weights"][task]).sum()
 
-    def _target(self, task: str, known: Mapping[str, Any]) -> Target:
+    def _target(self, task: str, known: Mapping[str, Any], weak: Tensor | None) -> Target:
         expert = None
         if "features" in known:
             states = [known[f"hidden/{position}"] for position in range(len(self.objective.layers))]
             expert = Outputs.of(known["features"], self.heads[task], states)
-        return Target(known.get("labels"), expert)
+        seen = None if weak is None else Outputs.of(weak, self.heads[task])
+        return Target(known.get("labels"), expert, seen, known.get("trusted"), self.progress)
 
 
 def passes(images: Mapping[str, Tensor]) -> list[list[str]]:

@@ -1,6 +1,6 @@
 """The LightningModule that learns coefficients."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from adamerge.errors import TrainingError, shortlist
 from adamerge.learning.losses import TaskLosses
 from adamerge.learning.schedule import Schedule
+from adamerge.learning.selection import Selection
 from adamerge.merging import Coefficients, MergedModel
-from adamerge.tasks.datamodule import Batch
+from adamerge.tasks.datamodule import HELD_OUT, Batch
 
 
 class CoefficientLearner(pl.LightningModule):
@@ -32,10 +33,15 @@ class CoefficientLearner(pl.LightningModule):
         losses: What to minimise, on which tasks' images.
         penalty: λ → a scalar that is added to the loss, or None.
         optimizer: Parameters → optimiser.
-        schedule: Of its rate, and of the iterates that count.
+        schedule: Of its rate, of the iterates that count, and of an early end.
+        starts: Constant λ to compare on the draws ``HELD_OUT``: learning starts from the one of least loss, and the
+            result is that one again if learning has only raised the loss. None: learning starts as it is.
+        selection: Chooses the result among the iterates; without one it is the last.
         max_steps: Rows of the history.
         check_every: Steps between two looks at the device for a loss that is not finite.
     """
+
+    learns = "coefficients"
 
     def __init__(
         self,
@@ -46,6 +52,8 @@ class CoefficientLearner(pl.LightningModule):
         penalty: Callable[[Tensor], Tensor | None] = lambda coefficients: None,
         optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer],
         schedule: Schedule,
+        starts: Sequence[float] = (),
+        selection: Selection | None = None,
         max_steps: int,
         check_every: int,
     ) -> None:
@@ -57,6 +65,8 @@ class CoefficientLearner(pl.LightningModule):
         self._penalty = penalty
         self._make_optimizer = optimizer
         self._schedule = schedule
+        self._starts = starts
+        self._selection = selection
         self._check_every = check_every
         self.losses: Tensor
         self.mean_coefficients: Tensor
@@ -66,13 +76,26 @@ class CoefficientLearner(pl.LightningModule):
         self.register_buffer("failed_step", torch.tensor(-1))
         self.average: Tensor
         self.register_buffer("average", torch.zeros_like(parameters_to_vector(coefficients.parameters()).detach()))
+        self.end: Tensor
+        self.register_buffer("end", torch.tensor(max_steps))
+        self._end = max_steps  # the same, where it can be read without waiting for the device
+        if selection is not None:
+            self.best: Tensor
+            self.best_merit: Tensor
+            self.register_buffer("best", parameters_to_vector(coefficients.parameters()).detach().clone())
+            self.register_buffer("best_merit", torch.tensor(-torch.inf))
 
     @property
     def model(self) -> MergedModel:
         return self._outside[0]
 
+    @property
+    def learned(self) -> torch.nn.Module:
+        """What the optimiser steps."""
+        return self.coefficients
+
     def configure_optimizers(self) -> Optimizer:
-        optimizer = self._make_optimizer(self.coefficients.parameters())
+        optimizer = self._make_optimizer(self.learned.parameters())
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         return optimizer
@@ -81,11 +104,27 @@ class CoefficientLearner(pl.LightningModule):
         self.model.to(self.device)
         self._task_losses.to(self.device)
 
+    def on_train_start(self) -> None:
+        self._end = int(self.end)
+        if self.trainer.global_step >= self._end:  # a run that had ended early
+            self.trainer.should_stop = True
+        if self.trainer.global_step == 0:
+            if self._starts:
+                self.coefficients.set(self._best_start()[1])
+            self._select(0)
+
+    def on_train_end(self) -> None:
+        if self._starts and self.failed_step < 0:
+            loss, start = self._best_start()
+            if self._held_out_loss() > loss:
+                self.coefficients.set(start)
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         step = self.trainer.global_step
         optimizer: Any = self.optimizers()
+        self._task_losses.progress = step / self.trainer.max_steps
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self._schedule.factor(step, self.trainer.max_steps)
+            group["lr"] = group["initial_lr"] * self._schedule.factor(step, self._end)
         coefficients = self.coefficients()
         observe = getattr(optimizer.optimizer, "observe", None)
         single = len(self._task_losses.passes(batch)) == 1 and observe is None
@@ -107,8 +146,52 @@ class CoefficientLearner(pl.LightningModule):
         self._average(step)
         self.losses[step] = losses
         self.mean_coefficients[step] = coefficients.detach().mean(dim=1)
-        if (step + 1) % self._check_every == 0 or step + 1 == self.trainer.max_steps:
+        if (step + 1) % self._check_every == 0 or step + 1 == self._end:
             self._report(step)
+        self._select(step + 1)
+
+    @torch.no_grad()
+    def _best_start(self) -> tuple[float, float]:
+        """The least loss on the draws held out, and the constant λ that gives it."""
+        losses = []
+        present = self.coefficients().detach().clone()
+        for start in self._starts:
+            self.coefficients.set(start)
+            losses.append((self._held_out_loss(), start))
+        self.coefficients.set(present)
+        return min(losses)
+
+    @torch.no_grad()
+    def _held_out_loss(self) -> float:
+        """Of the present coefficients, over all tasks."""
+        trainer: Any = self.trainer
+        self.model.update(self.coefficients())
+        total = 0.0
+        for draw in HELD_OUT:
+            batch = trainer.strategy.batch_to_device(trainer.datamodule.batch(draw), self.device)
+            with trainer.precision_plugin.forward_context():
+                total += float(self._task_losses(self.model, batch).sum())
+        return total
+
+    @torch.no_grad()
+    def _select(self, steps: int) -> None:
+        """After some steps keep the coefficients if they are the best candidate so far; stop if they are unfit."""
+        if self._selection is None or (steps % self._selection.every and steps != self._end):
+            return
+        self.model.update(self.coefficients())
+        merit = self._selection(self.model)
+        if merit is None:
+            self.trainer.should_stop = True
+        elif (worth := torch.tensor(merit)) > self.best_merit.cpu():
+            self.best.copy_(parameters_to_vector(self.coefficients.parameters()))
+            self.best_merit.copy_(worth)
+
+    @torch.no_grad()
+    def result(self) -> Tensor:
+        """λ (K, G) of the selected iterate, or of the last one."""
+        if self._selection is not None:
+            vector_to_parameters(self.best.clone(), self.coefficients.parameters())
+        return self.coefficients()
 
     def _scaled(self, loss: Tensor) -> Tensor:
         """Multiplied for float16's narrow range; the precision plugin divides again when the optimiser steps."""
@@ -126,25 +209,32 @@ class CoefficientLearner(pl.LightningModule):
         return flat[: len(losses)], flat[len(losses) :].view_as(gradient)
 
     def _guarded_step(self, optimizer: Any, step: int, losses: Tensor, gradient: Tensor) -> None:
-        """Step, unless a loss has not been finite: then λ stays at its last good value. Never waits for the device."""
+        """Step, unless a loss has not been finite: then the last good values stay. Never waits for the device."""
         good = losses.isfinite().all() & (self.failed_step < 0)
         if self._scaler is None:  # the scaler itself skips steps whose scaled gradient overflows
             good &= gradient.isfinite().all()
-        before = [parameter.detach().clone() for parameter in self.coefficients.parameters()]
+        before = [parameter.detach().clone() for parameter in self.learned.parameters()]
         optimizer.step()
         with torch.no_grad():
-            for parameter, old in zip(self.coefficients.parameters(), before, strict=True):
+            for parameter, old in zip(self.learned.parameters(), before, strict=True):
                 parameter.copy_(torch.where(good, parameter, old))
         self.failed_step.copy_(torch.where(good | (self.failed_step >= 0), self.failed_step, step))
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
         """Keep the mean of the iterates that count; it is the result of the last step."""
-        steps = self.trainer.max_steps
         parameters = list(self.coefficients.parameters())
-        self.average.lerp_(parameters_to_vector(parameters), self._schedule.weight(step, steps))
-        if step + 1 == steps:
+        self.average.lerp_(parameters_to_vector(parameters), self._schedule.weight(step, self._end))
+        if step + 1 == self._end:
             vector_to_parameters(self.average.clone(), parameters)
+
+    def _end_early(self, steps: int) -> None:
+        """Shorten the run once its loss has stopped falling, and stop it where it ends."""
+        if self._end == self.trainer.max_steps and (end := self._schedule.end(self.losses[:steps].sum(1).tolist())):
+            self._end = min(self._end, -(-end // self._check_every) * self._check_every)
+            self.end.fill_(self._end)
+        if steps == self._end < self.trainer.max_steps:
+            self.trainer.should_stop = True
 
     def _report(self, step: int) -> None:
         """Every few steps the host looks: log, and stop if a loss was not finite."""
@@ -158,11 +248,12 @@ class CoefficientLearner(pl.LightningModule):
             self.trainer.should_stop = float(gap) <= optimizer.optimizer.tolerance
         failed = int(self.failed_step)
         if failed < 0:
+            self._end_early(step + 1)
             return
         finite = self.losses[failed].isfinite().tolist()
         tasks = [task for task, ok in zip(self._task_losses.heads, finite, strict=True) if not ok]
-        what = f"the loss of task {shortlist(tasks)}" if tasks else "the gradient of the coefficients"
+        what = f"the loss of task {shortlist(tasks)}" if tasks else f"the gradient of the {self.learns}"
         raise TrainingError(
-            f"{what} is not finite at step {failed}. Learning stopped; the coefficients of step {failed} are kept. "
+            f"{what} is not finite at step {failed}. Learning stopped; the {self.learns} of step {failed} are kept. "
             "Look at that task's images and expert, or lower optimizer.lr, or use trainer.precision=32-true."
         )

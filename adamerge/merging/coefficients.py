@@ -58,6 +58,11 @@ class Coefficients(nn.Module):
         raw = self._constraint.inverse(start)
         self.raw = nn.Parameter((raw if fixed is None else raw.masked_fill(fixed, 0)).contiguous())
 
+    @torch.no_grad()
+    def set(self, value: float | Tensor) -> None:
+        """Let λ be ``value``, one number or (K, G), as far as it is not fixed; the constraint must admit it."""
+        self.raw.copy_(self._constraint.inverse(torch.as_tensor(value).to(self.raw).expand(self.raw.shape)))
+
     def forward(self) -> Tensor:
         """λ, (K, G)."""
         value = self._constraint.forward(self.raw)

@@ -1,4 +1,8 @@
-"""The one differentiable merge: one pass over τ forward, one contraction over τ backward."""
+"""The one differentiable merge: one pass over τ forward, one contraction over τ backward.
+
+Either pass takes τ as it comes to the device (bank/streaming.py); one launch does what it can of that (fused.py), and
+torch's operations do the rest tensor by tensor (kernels.py).
+"""
 
 from collections.abc import Mapping
 
@@ -7,10 +11,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adamerge.bank import ParameterBank
-from adamerge.bank.storage import Rows
+from adamerge.bank.streaming import streamed
 from adamerge.errors import ShapeError, shortlist
+from adamerge.merging.fused import add_all, contract_all
 from adamerge.merging.kernels import add_task_vectors, contract_task_vectors
 from adamerge.merging.partition import Partition
+
+_TOGETHER = 1 << 26
+"""Bytes of gradients that a contraction on a GPU waits for: few launches, and little memory that could be free."""
 
 
 def merge(bank: ParameterBank, coefficients: Tensor, partition: Partition) -> dict[str, Tensor]:
@@ -42,9 +50,12 @@ def merge_into(
 ) -> Mapping[str, Tensor]:
     """``merge`` without a graph, into tensors that exist already."""
     weights = coefficients.detach()
-    for key, base in bank.pretrained.items():
-        rows = Rows.of(bank.task_vectors, key)
-        add_task_vectors(out[key].view(-1), base.reshape(-1), rows, weights.to(base), partition.of(key))
+    device = next(iter(bank.pretrained.values())).device
+    for tasks, rows in streamed(bank.task_vectors, bank.pretrained, device):
+        start = out if tasks.start else bank.pretrained  # tasks that come later are added to those before
+        for key, part in add_all(out, start, rows, weights[tasks], partition).items():
+            base = start[key].reshape(-1)
+            add_task_vectors(out[key].view(-1), base, part, weights[tasks].to(base), partition.of(key))
     return out
 
 
@@ -61,9 +72,8 @@ def contract(bank: ParameterBank, gradients: Mapping[str, Tensor | None], partit
         (K, G), in the bank's dtype, added up in float64.
     """
     contraction = Contraction(bank, partition)
-    for key in bank.pretrained:
-        if (gradient := gradients.get(key)) is not None:
-            contraction.add(key, gradient)
+    found = {key: gradients.get(key) for key in bank.pretrained}
+    contraction.add_all({key: gradient for key, gradient in found.items() if gradient is not None})
     return contraction.result()
 
 
@@ -81,15 +91,31 @@ class Contraction:
         wide = torch.float32 if reference.device.type == "mps" else torch.float64
         self._total = torch.zeros(partition.num_groups, bank.num_tasks, dtype=wide, device=reference.device)
         self._dtype = reference.dtype
+        self._waiting: dict[str, Tensor] = {}
+
+    def add(self, key: str, gradient: Tensor) -> None:
+        """Take one tensor's ∂L/∂θ, of its shape. It must not change until ``result``: on a GPU a few wait together."""
+        if key in self._waiting:
+            self._take_waiting()
+        self._waiting[key] = gradient
+        if gradient.device.type == "cpu" or sum(tensor.nbytes for tensor in self._waiting.values()) >= _TOGETHER:
+            self._take_waiting()
 
     @torch.no_grad()
-    def add(self, key: str, gradient: Tensor) -> None:
-        """Take one tensor's ∂L/∂θ, of its shape."""
-        rows = Rows.of(self._bank.task_vectors, key)
-        contract_task_vectors(rows, gradient.reshape(-1), self._partition.of(key), self._total)
+    def add_all(self, gradients: Mapping[str, Tensor]) -> None:
+        """Take ∂L/∂θ of some tensors at once, each of its tensor's shape."""
+        for tasks, rows in streamed(self._bank.task_vectors, gradients, self._total.device):
+            total = self._total[:, tasks]
+            for key, part in contract_all(gradients, rows, self._partition, total).items():
+                contract_task_vectors(part, gradients[key].reshape(-1), self._partition.of(key), total)
+
+    def _take_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        self.add_all(waiting)
 
     def result(self) -> Tensor:
         """The sum over what was added, (K, G)."""
+        self._take_waiting()
         return self._total.t().to(self._dtype).contiguous()
 
 

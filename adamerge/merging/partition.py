@@ -93,17 +93,20 @@ class Partition:
                 transformer block, one for the embeddings, one for the output side) or ``chunk(n)`` (each tensor,
                 flattened row by row, in n contiguous runs whose lengths differ by at most one; a tensor of fewer than n
                 entries gets one group per entry), ``row`` (one per row of a matrix, which is an output channel; a
-                tensor of one dimension is a single row) or ``random(n)`` (n groups per tensor, drawn entry by entry).
+                tensor of one dimension is a single row), ``random(n)`` (n groups per tensor, drawn entry by entry) or
+                ``matrices(n)`` (the same for tensors of two dimensions, one group for any other).
             shapes: Shape by key; the order decides the order of groups.
             seed: Of the random groups.
 
         Raises:
             ConfigError: If the granularity is unknown.
         """
-        if match := re.fullmatch(r"(chunk|random)\((\d+)\)", granularity):
+        if match := re.fullmatch(r"(chunk|random|matrices)\((\d+)\)", granularity):
             if int(match[2]) < 1:
                 raise ConfigError(f"granularity {match[1]}(n) needs n ≥ 1.")
             counts = {key: min(int(match[2]), prod(shape)) for key, shape in shapes.items()}
+            if match[1] == "matrices":
+                counts |= {key: 1 for key, shape in shapes.items() if len(shape) != 2}
             if match[1] == "chunk":
                 return cls.in_chunks(granularity, shapes, counts)
             return cls._scatter(granularity, shapes, counts, seed)
@@ -111,7 +114,8 @@ class Partition:
             return cls.in_chunks(granularity, shapes, {key: row_count(shape) for key, shape in shapes.items()})
         if granularity not in _GROUP_OF:
             raise ConfigError(
-                f"unknown granularity '{granularity}'. Choose task, block, tensor, row, chunk(n) or random(n)."
+                f"unknown granularity '{granularity}'. "
+                "Choose task, block, tensor, row, chunk(n), random(n) or matrices(n)."
             )
         names = {key: _GROUP_OF[granularity](key) for key in shapes}
         groups = tuple(sorted(dict.fromkeys(names.values()), key=_depth) if granularity == "block" else names.values())
@@ -144,11 +148,15 @@ class Partition:
         cls, granularity: str, shapes: Mapping[str, tuple[int, ...]], counts: Mapping[str, int], seed: int
     ) -> "Partition":
         groups: list[str] = []
+        segments: dict[str, Segments] = {}
         scattered: dict[str, Scattered] = {}
         for key, shape in shapes.items():
-            scattered[key] = Scattered(prod(shape), len(groups), counts[key], seed, key)
+            if counts[key] == 1:
+                segments[key] = Segments([(0, prod(shape), len(groups))])
+            else:
+                scattered[key] = Scattered(prod(shape), len(groups), counts[key], seed, key)
             groups += _numbered(key, counts[key])
-        return cls(granularity, tuple(groups), {}, scattered)
+        return cls(granularity, tuple(groups), segments, scattered)
 
     @property
     def num_groups(self) -> int:
@@ -179,7 +187,7 @@ class Partition:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Partition":
         segments = {key: Segments((a, b, g) for a, b, g in runs) for key, runs in data["segments"].items()}
-        scattered = {key: Scattered(*numbers, key) for key, numbers in data.get("scattered", {}).items()}
+        scattered = {key: Scattered(n, g, m, s, key) for key, (n, g, m, s) in data.get("scattered", {}).items()}
         return cls(data["granularity"], tuple(data["groups"]), segments, scattered)
 
 

@@ -37,18 +37,24 @@ class Target:
     Attributes:
         labels: Row numbers of the head (B,), of a supervised learner.
         expert: What the task's own expert says, of a learner that imitates.
+        weak: What the merged model says of the images as they are, where the outputs are of augmented ones.
+        trusted: The class that an image is trusted to be of (B,), by the model's own predictions; -1 for none.
+        progress: Share of the run that is done.
     """
 
     labels: Tensor | None = None
     expert: Outputs | None = None
+    weak: Outputs | None = None
+    trusted: Tensor | None = None
+    progress: float = 0.0
 
 
 class Objective(Protocol):
     """What a learner minimises."""
 
     @property
-    def needs(self) -> Literal["images", "labels", "experts"]:
-        """Beyond images: nothing, labels (of the labelled split), or the experts' outputs."""
+    def needs(self) -> Literal["images", "labels", "experts", "views"]:
+        """Beyond images: nothing, labels (of the labelled split), the experts' outputs, or two views of each image."""
         ...
 
     @property

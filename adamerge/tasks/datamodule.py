@@ -1,9 +1,9 @@
 """Which images a learner sees, and at which step."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from itertools import count
+from itertools import count, zip_longest
 from math import ceil
 from typing import Any, Literal
 
@@ -13,10 +13,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from adamerge.errors import ConfigError, DataError
+from adamerge.tasks.views import RandomView
 
 Batch = dict[str, dict[str, Any]]
 """By task: ``images``, uint8 (n, 3, H, W); ``weights``, what each image's loss counts for (n,); ``targets``, what is
 known about the images, by name (n, …)."""
+
+
+HELD_OUT = range(-4, 0)
+"""Draws that no step makes, to compare coefficients on."""
 
 
 def generator_for(*parts: object) -> torch.Generator:
@@ -60,6 +65,25 @@ def split_indices(
     return learn.sort().values, score.sort().values
 
 
+def draw_shots(labels: Tensor, shots: int, task: str, *, split_seed: int) -> Tensor:
+    """Ascending indices of ``shots`` images of every class, or of all where there are fewer, drawn with ``split_seed``.
+
+    Args:
+        labels: int64 (N,).
+        shots: k.
+        task: Its name.
+        split_seed: Of the draw; fewer shots are among those of more.
+
+    Raises:
+        ConfigError: If there would be no shot.
+    """
+    if shots < 1:
+        raise ConfigError(f"data.shots is null or at least 1, found {shots}.")
+    order = torch.randperm(len(labels), generator=generator_for("shots", split_seed, task))
+    drawn = [order[labels[order] == label][:shots] for label in labels.unique()]
+    return torch.cat(drawn).sort().values
+
+
 class TaskImages(pl.LightningDataModule):
     """Batches of every task's images; those of a step depend on (seed, task, step) alone.
 
@@ -70,6 +94,10 @@ class TaskImages(pl.LightningDataModule):
     Attributes:
         targets: What is known about the images of a task, by name, (N, …) each: nothing at first, and never a label
             for an unlabeled learner.
+        view: Makes random views of the images; that of an image at a step depends on (seed, task, step, image) alone.
+        trusted_share: Where given, this share of every batch is drawn from the images whose target ``trusted`` is 0 or
+            more, the rest from the others, and a batch also holds the images as they are, as the target ``weak``.
+        renew: Called before each step with its number; gives new ``targets``, or None to keep those there are.
 
     Args:
         images: uint8 (N, 3, H, W) by task.
@@ -96,19 +124,38 @@ class TaskImages(pl.LightningDataModule):
             raise ConfigError("data.images_per_batch and data.batches_per_step are at least 1.")
         self._images, self._indices = images, indices
         self.targets: Mapping[str, Mapping[str, Tensor]] = {task: {} for task in images}
+        self.view: RandomView | None = None
+        self.trusted_share: float | None = None
+        self.renew: Callable[[int], Mapping[str, Mapping[str, Tensor]] | None] = lambda step: None
         self._images_per_batch, self._batches_per_step = images_per_batch, batches_per_step
         self._seed = seed
+
+    @property
+    def steps_per_pass(self) -> int:
+        """In how many steps all images of every task could be seen once."""
+        per_step = self._images_per_batch * self._batches_per_step
+        return max(ceil(len(usable) / per_step) for usable in self._indices.values())
 
     def draw(self, task: str, step: int) -> Sequence[Tensor]:
         """Indices of one task's batches at one step, over all ranks: each (≤ images_per_batch,)."""
         usable = self._indices[task]
         order = torch.randperm(len(usable), generator=generator_for("step", self._seed, task, step))
-        return usable[order[: self._images_per_batch * self._batches_per_step]].split(self._images_per_batch)
+        if self.trusted_share is None:
+            return usable[order[: self._images_per_batch * self._batches_per_step]].split(self._images_per_batch)
+        shuffled = usable[order]
+        trusted = self.targets[task]["trusted"][shuffled] >= 0
+        per_batch = round(self.trusted_share * self._images_per_batch)
+        parts = zip_longest(
+            _batches(shuffled[trusted], per_batch, self._batches_per_step),
+            _batches(shuffled[~trusted], self._images_per_batch - per_batch, self._batches_per_step),
+            fillvalue=shuffled[:0],
+        )
+        return [torch.cat(part) for part in parts]
 
     def drawn(self, task: str, steps: int) -> Tensor:
-        """Indices of all images of a task that the first ``steps`` steps see, ascending."""
+        """Indices of all images of a task in the first ``steps`` draws and those held out, ascending."""
         usable, seen = self._indices[task], torch.zeros(len(self._images[task]), dtype=torch.bool)
-        for step in range(steps):
+        for step in (*HELD_OUT, *range(steps)):
             seen[torch.cat(list(self.draw(task, step)))] = True
             if step % 16 == 0 and bool(seen[usable].all()):
                 break
@@ -120,13 +167,45 @@ class TaskImages(pl.LightningDataModule):
         for task, source in self._images.items():
             batches = self.draw(task, step)
             rows = torch.cat([batch[rank::world_size] for batch in batches])
-            images[task] = source[rows]
+            images[task] = self._views(source[rows], task, step, rows)
             weights[task] = torch.cat([torch.full((len(b[rank::world_size]),), 1 / len(b)) for b in batches])
             targets[task] = {name: known[rows] for name, known in self.targets[task].items()}
+            if self.trusted_share is not None:
+                targets[task]["weak"] = source[rows]
         return {"images": images, "weights": weights, "targets": targets}
+
+    def _views(self, images: Tensor, task: str, step: int, rows: Tensor) -> Tensor:
+        if self.view is None:
+            return images
+        seeds = [generator_for("view", self._seed, task, step, row).initial_seed() for row in rows.tolist()]
+        return self.view(images, seeds)
+
+    def at(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """``batch`` of a step whose turn has come."""
+        if (targets := self.renew(step)) is not None:
+            self.targets = targets
+        return self.batch(step, rank, world_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The trusted classes, which a resumed run would find others for."""
+        return {} if self.trusted_share is None else {"targets": self.targets}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.targets = state_dict["targets"]
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(_Steps(self), batch_size=None)
+
+    def on_before_batch_transfer(self, batch: int, dataloader_idx: int) -> Batch:
+        """From the number of a step to its batch; only here, since Lightning fetches ahead of the steps."""
+        trainer = self.trainer
+        assert trainer is not None
+        return self.at(batch, trainer.global_rank, trainer.world_size)
+
+
+def _batches(images: Tensor, size: int, count: int) -> Sequence[Tensor]:
+    """Up to ``count`` batches of ``size``, the last smaller if the images run out."""
+    return images[: size * count].split(size) if size and len(images) else []
 
 
 class _Steps(IterableDataset):
@@ -135,9 +214,8 @@ class _Steps(IterableDataset):
     def __init__(self, module: TaskImages) -> None:
         self._module = module
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[int]:
         trainer = self._module.trainer
         if trainer is None:
             raise ConfigError("the batches of a step are drawn by a Trainer. Call TaskImages.batch(step) instead.")
-        for step in count(trainer.global_step):
-            yield self._module.batch(step, trainer.global_rank, trainer.world_size)
+        yield from count(trainer.global_step)

@@ -15,6 +15,7 @@ from torch import Tensor
 from adamerge.errors import DataError, OutputError, shortlist
 from adamerge.files import atomic_file, write_text
 from adamerge.models.protocol import ClipModel
+from adamerge.tasks.corruptions import Corruption
 from adamerge.tasks.sources import LAYOUT, Source, open_folder, open_hub
 
 
@@ -43,6 +44,7 @@ def load_image_set(
     *,
     class_names: Sequence[str] | None = None,
     labels: bool = True,
+    corruption: Corruption | None = None,
 ) -> ImageSet:
     """The images of ``split``, decoded and resized at the first call and memory-mapped from then on.
 
@@ -58,6 +60,7 @@ def load_image_set(
         cache_dir: Images go to ``cache_dir/images``, Hugging Face's own files to ``cache_dir/datasets``.
         class_names: Replace the data set's names, label by label.
         labels: False leaves the label column unread.
+        corruption: Applied to every image after resizing.
 
     Raises:
         DataError: If the data set or split is missing or empty, an image cannot be decoded (named by row), or labels
@@ -65,11 +68,11 @@ def load_image_set(
     """
     folder = Path(data)
     source = open_folder(folder, split, cache_dir) if folder.is_dir() else open_hub(data, split, cache_dir)
-    key = hashlib.sha256(json.dumps(["images-1", source.content, split, clip.preprocess_hash]).encode()).hexdigest()[
-        :32
-    ]
+    identity = ["images-1", source.content, split, clip.preprocess_hash]
+    identity += [] if corruption is None else [corruption.name, str(corruption.severity)]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     files = _CacheFiles(cache_dir / "images", key)
-    images, info = files.read() or _decode(source, clip, files)
+    images, info = files.read() or _decode(source, clip, files, corruption)
     names = _class_names(info["class_names"], class_names, source.where)
     values = None
     if labels and info["labelled"]:
@@ -119,7 +122,9 @@ class _CacheFiles:
             np.save(file, labels.numpy())
 
 
-def _decode(source: "Source", clip: ClipModel, files: _CacheFiles) -> tuple[Tensor, dict[str, Any]]:
+def _decode(
+    source: "Source", clip: ClipModel, files: _CacheFiles, corruption: Corruption | None
+) -> tuple[Tensor, dict[str, Any]]:
     """Write the cache of ``source``, one image at a time."""
     table = source.open()
     shape: tuple[int, ...] = ()
@@ -136,7 +141,7 @@ def _decode(source: "Source", clip: ClipModel, files: _CacheFiles) -> tuple[Tens
             if count and tuple(image.shape) != shape:
                 raise DataError(f"{source.where}: row {row} ({origin}) has shape {tuple(image.shape)}, not {shape}.")
             shape, count = tuple(image.shape), count + 1
-            writer.append(image)
+            writer.append(image if corruption is None else corruption(image, row))
         if count == 0:
             raise DataError(f"{source.where}: the split holds no images. {LAYOUT}")
         writer.finish((count, *shape))

@@ -1,6 +1,6 @@
 """Everything a merge needs, loaded and checked before any work starts."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from adamerge.files import scratch_file
 from adamerge.models.heads import zero_shot_heads
 from adamerge.models.open_clip import load_clip
 from adamerge.models.protocol import ClipModel
+from adamerge.tasks.corruptions import Corruption
 from adamerge.tasks.datamodule import split_indices
 from adamerge.tasks.datasets import ImageSet, load_image_set
 from adamerge.tasks.specs import SuiteSpec, TaskSpec
@@ -48,8 +49,8 @@ class Problem:
     score_indices: dict[str, Tensor]
     cache_dir: Path
 
-    def labelled(self) -> dict[str, ImageSet]:
-        """The labelled split of every task, for searches and supervised learners.
+    def labelled(self, tasks: Collection[str] | None = None) -> dict[str, ImageSet]:
+        """The labelled split of some tasks, all by default, for searches and supervised learners.
 
         Raises:
             DataError: If a task has no labels there.
@@ -57,6 +58,7 @@ class Problem:
         images = {
             task.name: _load(task, task.splits.labelled, self.clip, self.cache_dir, labels=True)
             for task in self.suite.tasks
+            if tasks is None or task.name in tasks
         }
         for task, split in images.items():
             if split.labels is None:
@@ -80,6 +82,8 @@ def load_problem(
     split_seed: int,
     fraction: float,
     images_per_task: int | None,
+    corruption: Corruption | None,
+    corrupt: Literal["all", "scored"],
 ) -> Problem:
     """Read the model, the experts and the images of a suite.
 
@@ -96,6 +100,8 @@ def load_problem(
         split_seed: Of the halves and the fraction.
         fraction: Of the images to adapt on.
         images_per_task: At most so many of them.
+        corruption: Of the images.
+        corrupt: Which: ``all``, or only those ``scored``.
 
     Raises:
         AdamergeError: A child of it for everything that is wrong with the files, in one message each.
@@ -103,6 +109,8 @@ def load_problem(
     stored = dtype_named(dtype)
     if device not in ("auto", "host", "disk"):
         raise ConfigError(f"bank.device is 'auto', 'host' or 'disk', found '{device}'.")
+    if corrupt not in ("all", "scored"):
+        raise ConfigError(f"data.corrupt is 'all' or 'scored', found '{corrupt}'.")
     clip = load_clip(suite.model, root=suite.root)
     keys = select_keys(clip.merge_keys, include=include, exclude=exclude)
     with scratch_file(cache_dir / "bank") if device == "disk" else nullcontext() as file:
@@ -119,8 +127,9 @@ def load_problem(
     unlabeled, scored, adapt_indices, score_indices, class_names = {}, {}, {}, {}, {}
     for task in suite.tasks:
         name = task.name
-        unlabeled[name] = _load(task, task.splits.adapt, clip, cache_dir, labels=False)
-        scored[name] = _load(task, task.splits.evaluate, clip, cache_dir, labels=True)
+        adapted = corruption if corrupt == "all" else None
+        unlabeled[name] = _load(task, task.splits.adapt, clip, cache_dir, labels=False, corruption=adapted)
+        scored[name] = _load(task, task.splits.evaluate, clip, cache_dir, labels=True, corruption=corruption)
         names = task.classes or scored[name].class_names
         if names is None:
             raise DataError(f"the data of task '{name}' names no classes. Add `classes: [...]` to it in suite.yaml.")
@@ -154,8 +163,17 @@ def suite_named(name: str, root: str | None, tasks: Sequence[str] | None, cache_
     return load_suite(Path(root), tasks=tasks)
 
 
-def _load(task: TaskSpec, split: str, clip: ClipModel, cache_dir: Path, *, labels: bool) -> ImageSet:
+def _load(
+    task: TaskSpec,
+    split: str,
+    clip: ClipModel,
+    cache_dir: Path,
+    *,
+    labels: bool,
+    corruption: Corruption | None = None,
+) -> ImageSet:
+    options = {"class_names": task.classes, "labels": labels, "corruption": corruption}
     try:
-        return load_image_set(task.data, split, clip, cache_dir, class_names=task.classes, labels=labels)
+        return load_image_set(task.data, split, clip, cache_dir, **options)
     except DataError as error:
         raise DataError(f"task '{task.name}': {error}") from error

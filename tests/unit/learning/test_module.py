@@ -43,7 +43,7 @@ make_trainer = partial(
 adam = partial(torch.optim.Adam, lr=1e-3)
 
 
-CONSTANT = Schedule(steps=500, decay="constant", average=0)
+CONSTANT = Schedule(steps=500, decay="constant", average=0, patience=0)
 
 
 class Encoder(nn.Module):
@@ -412,6 +412,7 @@ def test_a_checkpoint_has_no_model_weights(setting: Setting, tmp_path: Path) -> 
         "mean_coefficients",
         "failed_step",
         "average",
+        "end",
     }
     assert checkpoint["global_step"] == 10
 
@@ -503,7 +504,7 @@ def test_the_rate_falls_as_the_schedule_says(setting: Setting, decay: str) -> No
             rates.append(self.param_groups[0]["lr"])
             return super().step(closure)
 
-    fit(setting, 4, optimizer=partial(Recorder, lr=0.5), schedule=Schedule(steps=4, decay=decay, average=0))
+    fit(setting, 4, optimizer=partial(Recorder, lr=0.5), schedule=Schedule(steps=4, decay=decay, average=0, patience=0))
     factors = {"constant": [1, 1, 1, 1], "linear": [1, 0.75, 0.5, 0.25], "cosine": [1, 0.853553, 0.5, 0.146447]}
     assert rates == pytest.approx([0.5 * factor for factor in factors[decay]], rel=1e-5)
 
@@ -512,17 +513,17 @@ def test_the_rate_falls_as_the_schedule_says(setting: Setting, decay: str) -> No
 def test_the_result_is_the_mean_of_the_last_iterates(setting: Setting, average: float, counted: int) -> None:
     # The schedule looks at the run's own number of steps: four runs give the four iterates.
     iterates = [fit(setting, steps).raw for steps in range(1, 5)]
-    found = fit(setting, 4, schedule=Schedule(steps=4, decay="constant", average=average)).raw
+    found = fit(setting, 4, schedule=Schedule(steps=4, decay="constant", average=average, patience=0)).raw
     torch.testing.assert_close(found, torch.stack(iterates[-counted:]).mean(0))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decay": "step"}, r"schedule\.decay: expected one of constant, linear, cosine, found 'step'"),
+        ({"decay": "step"}, r"schedule\.decay: expected one of constant, linear, cosine, hold, found 'step'"),
         ({"average": 1.5}, r"schedule\.average lies in \[0, 1\], found 1\.5"),
     ],
 )
 def test_a_schedule_that_is_none_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Schedule(**({"steps": 4, "decay": "constant", "average": 0} | options))
+        Schedule(**({"steps": 4, "decay": "constant", "average": 0, "patience": 0} | options))

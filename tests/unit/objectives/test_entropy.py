@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reference import literals
 
 from adamerge.errors import ShapeError
-from adamerge.objectives import Entropy, softmax_entropy
+from adamerge.objectives import Entropy, Outputs, Target, softmax_entropy
 
 
 @pytest.mark.parametrize(("logits", "expected"), literals.ENTROPIES)
@@ -80,4 +80,5 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
 
 def test_the_objective_is_per_image() -> None:
     logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(Entropy()(logits), softmax_entropy(logits))
+    outputs = Outputs(logits, torch.empty(4, 0))
+    assert torch.equal(Entropy()(outputs, Target()), softmax_entropy(logits))

@@ -1,0 +1,224 @@
+"""Both passes over τ for all tensors in one launch, on CUDA devices that have Triton.
+
+Whatever a launch cannot take (other devices and dtypes, partitions whose groups are no segments) is handed back, to be
+done by torch's own operations (kernels.py), which are also the oracle of the tests. Before its first launch on a device
+a small case is computed both ways; a device that fails it is left alone. ADAMERGE_TRITON=0 in the environment does
+the same to all devices.
+"""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adamerge.bank.storage import Rows
+from adamerge.merging.kernels import add_task_vectors, contract_task_vectors
+from adamerge.merging.partition import Partition
+from adamerge.merging.tiles import ALIGN, BLOCK, WIDTH, Tiles, tiles_of
+
+_AT_ONCE = 8
+"""Tasks whose loads are in flight together."""
+
+_RUNS = 16
+"""Runs of sums that a program adds up."""
+
+
+def available(device: torch.device) -> bool:
+    """Whether ``device`` runs our kernels and gets them right."""
+    return device.type == "cuda" and os.environ.get("ADAMERGE_TRITON") != "0" and _works(device)
+
+
+def add_all(
+    out: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    rows: Mapping[str, Rows],
+    weights: Tensor,
+    partition: Partition,
+) -> Mapping[str, Rows]:
+    """out[p] ← base[p] + Σ_k weights[k, g(p)] · τ_k[p] for every entry p of the tensors that a launch can take.
+
+    Args:
+        out: At least the tensors of ``rows``, contiguous; may be ``base`` itself.
+        base: Likewise.
+        rows: K task vectors of some tensors.
+        weights: (K, G).
+        partition: The map g.
+
+    Returns:
+        The tensors that were not taken.
+    """
+    mine = {
+        key: part
+        for key, part in _alike(rows, partition).items()
+        if all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in (base[key], out[key]))
+    }
+    if mine:
+        _add({key: (out[key], base[key]) for key in mine}, mine, weights, partition)
+    return {key: part for key, part in rows.items() if key not in mine}
+
+
+def contract_all(
+    gradients: Mapping[str, Tensor], rows: Mapping[str, Rows], partition: Partition, total: Tensor
+) -> Mapping[str, Rows]:
+    """total[g, k] += Σ_{p: g(p) = g} τ_k[p] · gradient[p] over the tensors that a launch can take.
+
+    Products are added up per tile in float32, and tiles per group in float64, always in the same order.
+
+    Args:
+        gradients: At least those of the tensors of ``rows``; any layout, at most float32.
+        rows: K task vectors of some tensors.
+        partition: The map g.
+        total: (G, K), float64.
+
+    Returns:
+        The tensors that were not taken.
+    """
+    mine = {key: part for key, part in _alike(rows, partition).items() if gradients[key].dtype != torch.float64}
+    if mine:
+        _contract({key: gradients[key] for key in mine}, mine, partition, total)
+    return {key: part for key, part in rows.items() if key not in mine}
+
+
+def _alike(rows: Mapping[str, Rows], partition: Partition) -> dict[str, Rows]:
+    """The tensors that one launch can take: on one device, of one dtype that Triton reads, in segments."""
+    first = next(iter(rows.values()), None)
+    if first is None or not available(first.values.device):
+        return {}
+    kinds = {torch.float32, torch.bfloat16, torch.float16, torch.int8} & {first.values.dtype}
+    return {
+        key: part
+        for key, part in rows.items()
+        if part.values.dtype in kinds
+        and part.values.is_contiguous()
+        and (part.scales is None or part.scales.is_contiguous())
+        and partition.segments.get(key)
+    }
+
+
+def _add(
+    targets: Mapping[str, tuple[Tensor, Tensor]], rows: Mapping[str, Rows], weights: Tensor, partition: Partition
+) -> None:
+    device = next(iter(rows.values())).values.device
+    tiles = tiles_of(partition, rows, partial(_upload, device=device))
+    factors = weights.to(device, torch.float32).contiguous()
+    tensors = _upload(_addresses(targets, rows), device)
+    _launch("add", tiles, rows, tensors, factors, *factors.shape)
+
+
+def _contract(gradients: Mapping[str, Tensor], rows: Mapping[str, Rows], partition: Partition, total: Tensor) -> None:
+    device, num_tasks = total.device, total.shape[1]
+    tiles = tiles_of(partition, rows, partial(_upload, device=device))
+    wide = {key: gradient.to(torch.float32).contiguous() for key, gradient in gradients.items()}
+    tensors = _upload(_addresses({key: (gradient,) for key, gradient in wide.items()}, rows), device)
+    sums = torch.empty(num_tasks, tiles.count, device=device)
+    _launch("contract", tiles, rows, tensors, sums, *sums.shape)
+    for level, (bounds, places) in enumerate(tiles.levels, 1):
+        last = level == len(tiles.levels)
+        target = total if last else total.new_zeros(num_tasks, len(places)).t()  # (G or R, K)
+        strides = sums.stride(0), target.stride(0), target.stride(1)
+        grid = (-(-len(places) // _RUNS), num_tasks)
+        _kernel("add_runs", grid, device)(
+            sums, target, bounds, places, len(places), *strides, RUNS=_RUNS, WIDTH=WIDTH, num_warps=4
+        )
+        sums = target.t()
+
+
+def _launch(name: str, tiles: Tiles, rows: Mapping[str, Rows], *arguments: Any) -> None:
+    """One program per tile."""
+    if not tiles.count:
+        return
+    from adamerge.merging.triton_kernels import STORED
+
+    first = next(iter(rows.values()))
+    _kernel(name, (tiles.count,), first.values.device)(
+        tiles.table,
+        *arguments,
+        STORED=STORED[first.values.dtype],
+        SCALED=first.scales is not None,
+        UNROLL=min(_AT_ONCE, 1 << (len(first.values) - 1).bit_length()),
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+
+
+def _kernel(name: str, grid: Sequence[int], device: torch.device) -> Any:
+    """A kernel of triton_kernels.py, to be called with its arguments; nothing happens where the grid is empty."""
+
+    def call(*arguments: Any, **options: Any) -> None:
+        if not all(grid):
+            return
+        from adamerge.merging import triton_kernels
+
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            # Products are added unrounded, whatever this version of Triton does by default.
+            getattr(triton_kernels, name)[tuple(grid)](*arguments, enable_fp_fusion=True, **options)
+
+    return call
+
+
+def _addresses(targets: Mapping[str, Sequence[Tensor]], rows: Mapping[str, Rows]) -> Tensor:
+    """What triton_kernels.py has to know of each tensor, (tensors, 7) int64."""
+    table = []
+    for key, part in rows.items():
+        size = part.values[0].numel()
+        scales = 0 if part.scales is None else part.scales.data_ptr()
+        out, base = [tensor.data_ptr() for tensor in targets[key]] + [0] * (2 - len(targets[key]))
+        wide = [out, base, part.values.data_ptr()]
+        aligned = size % ALIGN == 0 and not any(address % 16 for address in wide)
+        table.append([*wide, scales, size, part.values.shape[1], aligned])
+    return torch.tensor(table, dtype=torch.int64)
+
+
+def _upload(table: Tensor, device: torch.device) -> Tensor:
+    """A small table on the device, without waiting for it."""
+    return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
+
+
+@cache
+def _works(device: torch.device) -> bool:
+    """Whether both passes compile on this device and give what torch's operations give, on a small case."""
+    try:
+        check(device)
+    except Exception as error:  # of a missing Triton, compiler or driver, or of a wrong result
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logging.getLogger(__name__).info("no Triton kernels on %s (%s)", device, reason)
+        return False
+    return True
+
+
+def check(device: torch.device) -> None:
+    """Compute a small case both ways.
+
+    Raises:
+        ArithmeticError: If they differ.
+        Exception: Whatever Triton raises where it cannot run.
+    """
+    shapes = {"matrix": (4, 1040), "vector": (33,)}  # with tiles that are aligned and tiles that are not
+    partition = Partition.build("chunk(3)", shapes)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(3, partition.num_groups, generator=generator).to(device)
+    for dtype in (torch.bfloat16, torch.int8):
+        rows, pretrained = {}, {}
+        for key, (*lead, columns) in shapes.items():
+            count = lead[0] if lead else 1
+            values = (50 * torch.randn(3, count, columns, generator=generator)).clamp(-127, 127).to(dtype)
+            scales = torch.rand(3, count, generator=generator) if dtype == torch.int8 else None
+            rows[key] = Rows(values, scales).to(device)
+            pretrained[key] = torch.randn(count * columns, generator=generator).to(device)
+        found = {key: torch.full_like(base, torch.nan) for key, base in pretrained.items()}
+        totals = torch.zeros(2, partition.num_groups, 3, dtype=torch.float64, device=device)
+        _add({key: (found[key], base) for key, base in pretrained.items()}, rows, weights, partition)
+        _contract(pretrained, rows, partition, totals[0])
+        for key, base in pretrained.items():
+            expected = torch.empty_like(base)
+            add_task_vectors(expected, base, rows[key], weights, partition.segments[key])
+            contract_task_vectors(rows[key], base, partition.segments[key], totals[1])
+            if not torch.allclose(found[key], expected, rtol=1e-5, atol=1e-3):
+                raise ArithmeticError(f"the merge of {dtype} task vectors is wrong")
+        if not torch.allclose(*totals, rtol=1e-5, atol=1e-2):
+            raise ArithmeticError(f"the coefficient gradient of {dtype} task vectors is wrong")

@@ -1,0 +1,109 @@
+"""The work of one launch, cut into pieces that a program of a GPU does at once.
+
+A tile is a run of at most ``BLOCK`` entries of one flattened tensor that share a group and, where τ has a scale per
+row, a row. Tables of tiles depend on the partition and on the tensors' names and shapes alone, so they are made once.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adamerge.bank.storage import Rows
+from adamerge.merging.partition import Partition, Segment
+
+BLOCK = 1024
+"""Entries of a tile at most: about one row of a ViT's matrices."""
+
+ALIGN = 16
+"""Entries: tiles begin at multiples of it where their segment allows, so that loads of any dtype can be wide."""
+
+TILE_FIELDS = 5
+"""Per tile: tensor, start and stop within it, group, row."""
+
+WIDTH = 64
+"""Numbers that are added up at a time when the sums of tiles become those of groups."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of some tensors, sorted by group.
+
+    Attributes:
+        table: (T, ``TILE_FIELDS``), int64.
+        levels: How T sums become one per group, ``WIDTH`` at a time. Per level the bounds of R runs of neighbours
+            (R + 1) and the place of each run's sum (R): in the next level, and in the last one the group. int64.
+    """
+
+    table: Tensor
+    levels: tuple[tuple[Tensor, Tensor], ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.table)
+
+
+_KNOWN: dict[int, dict[tuple, Tiles]] = {}
+"""By the identity of a partition (which holds a dict, so it has no hash); forgotten with it."""
+
+
+def tiles_of(partition: Partition, rows: Mapping[str, Rows], upload: Callable[[Tensor], Tensor]) -> Tiles:
+    """Tiles of the tensors of ``rows``, numbered in their order.
+
+    Args:
+        partition: Has segments for all of them.
+        rows: Task vectors of any number of tasks on one device.
+        upload: Brings a table there.
+    """
+    if (known := _KNOWN.get(id(partition))) is None:
+        known = _KNOWN[id(partition)] = {}
+        weakref.finalize(partition, _KNOWN.pop, id(partition), None)
+    columns = tuple(part.values.shape[2] if part.scales is not None else None for part in rows.values())
+    device = next(iter(rows.values())).values.device
+    if (tiles := known.get((device, columns, *rows))) is None:
+        parts = [_cut(partition.segments[key], width) for key, width in zip(rows, columns, strict=True)]
+        owners = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
+        table = torch.cat([owners[:, None], torch.cat(parts)], dim=1)
+        table = table[table[:, 3].argsort(stable=True)]
+        levels = tuple((upload(bounds), upload(places)) for bounds, places in _levels(table[:, 3]))
+        tiles = known[(device, columns, *rows)] = Tiles(upload(table), levels)
+    return tiles
+
+
+def _cut(segments: Sequence[Segment], columns: int | None) -> Tensor:
+    """Tiles of one tensor: start, stop, group, row; (T, 4). Row by row if ``columns`` (of a row) are given."""
+    starts, stops, groups = torch.tensor(segments, dtype=torch.int64).view(-1, 3).unbind(1)
+    starts, stops, groups = (column[stops > starts] for column in (starts, stops, groups))
+    if columns and len(starts):
+        cuts = torch.cat([starts, torch.arange(0, int(stops[-1]), columns)]).unique()
+        groups = groups[torch.searchsorted(starts, cuts, right=True) - 1]
+        starts, stops = cuts, torch.cat([cuts[1:], stops[-1:]])
+    origins = starts // ALIGN * ALIGN
+    counts = (stops - origins + BLOCK - 1) // BLOCK
+    owners, positions = _numbered(counts)
+    first = origins[owners] + positions * BLOCK
+    start = torch.maximum(first, starts[owners])
+    stop = torch.minimum(first + BLOCK, stops[owners])
+    row = start // columns if columns else torch.zeros_like(start)
+    return torch.stack([start, stop, groups[owners], row], dim=1)
+
+
+def _levels(groups: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """As ``Tiles.levels`` has them, for tiles of these groups, (T,), in ascending order."""
+    names, counts = groups.unique_consecutive(return_counts=True)
+    levels = []
+    while len(counts) and counts.max() > WIDTH:
+        pieces = (counts + WIDTH - 1) // WIDTH
+        owners, positions = _numbered(pieces)
+        starts = (counts.cumsum(0) - counts)[owners] + positions * WIDTH
+        levels.append((torch.cat([starts, counts.sum()[None]]), torch.arange(len(starts))))
+        counts = pieces
+    return [*levels, (torch.cat([counts.new_zeros(1), counts.cumsum(0)]), names)]
+
+
+def _numbered(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """``counts[i]`` copies of i in a row, and the number of each among its likes; both (Σ counts,)."""
+    owners = torch.arange(len(counts)).repeat_interleave(counts)
+    return owners, torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]
