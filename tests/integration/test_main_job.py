@@ -60,7 +60,7 @@ def test_only_the_image_tower_has_moved(run_dir: Path, toy: Path) -> None:
 
 def test_a_lightning_checkpoint_holds_no_model_weights(run_dir: Path) -> None:
     state = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    assert set(state) == {"coefficients.raw", "losses", "mean_coefficients", "failed_step", "average"}
+    assert set(state) == {"coefficients.raw", "losses", "mean_coefficients", "failed_step", "average", "end"}
 
 
 def test_coefficients_have_one_row_per_tensor(run_dir: Path) -> None:
