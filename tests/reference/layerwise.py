@@ -9,6 +9,7 @@ mean_images H(softmax(W_k f̂_θ(x))), one Adam step on λ. The task's head W_k 
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -62,6 +63,7 @@ def groups_of(theta0: Weights, granularity: str) -> tuple[list[str], dict[str, l
     return names, pieces
 
 
+@cache
 def _draw(key: str, entry: int, count: int) -> int:
     """SplitMix64's number ``entry`` of the stream that SHA-256 of seed 0 and the key starts, modulo ``count``."""
     z = (entry * 0x9E3779B97F4A7C15 + int.from_bytes(hashlib.sha256(f"0/{key}".encode()).digest()[:7], "big")) % 2**64
