@@ -1,0 +1,168 @@
+"""Run every learner on some suites with several seeds, and write the tables of the README from the results.
+
+python scripts/learners.py --suites mini ../shared/real8 [--only adamerge …] [--seeds 5]
+
+Every run is a fresh process of train.py. Results are kept row by row in benchmarks/results/learners.json, so that a
+script that is stopped goes on where it was; ``--again`` runs what is there already once more.
+"""
+# ruff: noqa: T201
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import mean, stdev
+
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "learners.json"
+
+LEARNERS: dict[str, list[str]] = {
+    "adamerging_taskwise": [],
+    "adamerging_taskwise_pp": [],
+    "adamerging_blockwise": [],
+    "adamerging_layerwise": [],
+    "adamerging_layerwise_pp": [],
+    "concrete_task_arithmetic": ["schedule.steps=500"],
+    "concrete_adamerging_layerwise": ["schedule.steps=500"],
+    "self_positioning": [],
+    "frank_wolfe_hard": [],
+    "frank_wolfe_soft": [],
+    "expert_merging": [],
+    "expert_merging_pp": [],
+    "atlas_addition": [],
+    "adamerge": [],
+}
+ABLATION: dict[str, list[str]] = {
+    "adamerge": [],
+    "one λ per tensor": ["method.granularity=tensor"],
+    "eight λ per tensor": ["method.granularity=chunk(8)"],
+    "60 steps": ["schedule.steps=60"],
+    "never ends early": ["schedule.patience=0"],
+    "λ in [0, 1]": ["method.constraint=clamp"],
+    "entropy for agreement": ["objective=entropy", "method.grid=[]"],
+    "10 images per task": ["data.images_per_task=10"],
+    "scored on the other half": ["data.adapt=half"],
+}
+CORRUPTIONS = ("gaussian_noise", "contrast", "jpeg")
+
+
+def experiments() -> dict[str, list[str]]:
+    """Name of a row to the options of its runs."""
+    found = {name: [f"method={name}", *options] for name, options in LEARNERS.items()}
+    found |= {f"ablation/{name}": ["method=adamerge", *options] for name, options in ABLATION.items()}
+    for corruption in CORRUPTIONS:
+        for method in ("adamerging_layerwise", "adamerge"):
+            found[f"{corruption}/{method}"] = [f"method={method}", f"data.corruption={corruption}"]
+    return found
+
+
+def run(options: list[str], suite: str, seed: int) -> dict:
+    """One run's figures."""
+    named = ["suite=mini"] if suite == "mini" else ["suite=folder", f"suite.root='{suite}'"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "train.py"), *options, *named, f"seed={seed}"]
+        command += [f"paths.run_dir={folder}/run", "export.figures=false", "export.checkpoint=false"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        results = json.loads(Path(folder, "run", "results.json").read_text())
+        with safe_open(Path(folder, "run", "coefficients.safetensors"), framework="pt") as file:
+            count = file.get_tensor("coefficients").numel()
+        labels = "CrossEntropy" in Path(folder, "run", "config.yaml").read_text()
+    return {
+        "accuracy": 100 * results["average"]["merged"],
+        "normalized": 100 * results["average"]["normalized"],
+        "pretrained": 100 * results["average"]["pretrained"],
+        "lowest_gain": 100 * min(task["merged"] - task["pretrained"] for task in results["tasks"].values()),
+        "coefficients": count,
+        "seconds": results["seconds"]["adapt"],
+        "peak_MiB": results["peak_memory_bytes"] / 2**20,
+        "steps": results["steps"],
+        "labels": labels,
+    }
+
+
+def spread(runs: list[dict], name: str, digits: int = 1) -> str:
+    """Mean ± standard error."""
+    values = [run[name] for run in runs]
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    return f"{mean(values):.{digits}f} ± {stdev(values) / len(values) ** 0.5:.2f}"
+
+
+def table(record: dict[str, dict[str, list[dict]]], suites: list[str], names: dict[str, str]) -> str:
+    """Rows ``names`` (key → title) over suites: accuracy, normalised accuracy, and what they cost."""
+    columns = [part for suite in suites for part in (f"{suite}, %", "normalised", "s")]
+    lines = [f"| | labels | λ | {' | '.join(columns)} | peak MiB |"]
+    lines += ["|---|---|--:|" + "--:|" * (len(columns) + 1)]
+    for key, title in names.items():
+        by_suite = record.get(key, {})
+        if not all(suite in by_suite for suite in suites):
+            continue
+        cells = []
+        for suite in suites:
+            runs = by_suite[suite]
+            cells += [spread(runs, "accuracy"), f"{mean(run['normalized'] for run in runs):.1f}"]
+            cells += [f"{mean(run['seconds'] for run in runs):.0f}"]
+        every = [run for suite in suites for run in by_suite[suite]]
+        counts = " / ".join(dict.fromkeys(f"{by_suite[suite][0]['coefficients']:,}" for suite in suites))
+        labels = "yes" if every[0]["labels"] else "no"
+        peak = max(run["peak_MiB"] for run in every)
+        lines.append(f"| {title} | {labels} | {counts} | {' | '.join(cells)} | {peak:,.0f} |")
+    return "\n".join(lines)
+
+
+def write_readme(record: dict, suites: list[str]) -> None:
+    """Put the tables between the README's markers."""
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    tables = {
+        "learners": table(record, suites, {name: f"`{name}`" for name in LEARNERS}),
+        "ablation": table(record, suites, {f"ablation/{name}": name for name in ABLATION}),
+        "corruptions": table(
+            record,
+            suites,
+            {
+                f"{corruption}/{method}": f"{corruption}, `{method}`"
+                for corruption in CORRUPTIONS
+                for method in ("adamerging_layerwise", "adamerge")
+            },
+        ),
+    }
+    for name, lines in tables.items():
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        text = pattern.sub(lambda _, b=begin, m=lines, e=end: b + m + e, text)
+    readme.write_text(text)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suites", nargs="+", default=["mini"], help="mini, or folders with a suite.yaml")
+    parser.add_argument("--only", nargs="*", help="rows to run; none: only write the tables")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--again", action="store_true")
+    arguments = parser.parse_args()
+    every = experiments()
+    chosen = every if arguments.only is None else {name: every[name] for name in arguments.only}
+    record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name, options in chosen.items():
+        for suite in arguments.suites:
+            title = Path(suite).name
+            runs = [] if arguments.again else record.get(name, {}).get(title, [])
+            for seed in range(len(runs), arguments.seeds):
+                runs.append(run(options, suite, seed))
+                record.setdefault(name, {})[title] = runs
+                RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+                print(name, title, seed, json.dumps(runs[-1]), flush=True)
+    write_readme(record, [Path(suite).name for suite in arguments.suites])
+
+
+if __name__ == "__main__":
+    main()
