@@ -108,7 +108,7 @@ def table(record: dict[str, dict[str, list[dict]]], suites: list[str], names: di
         for suite in suites:
             runs = by_suite[suite]
             cells += [spread(runs, "accuracy"), f"{mean(run['normalized'] for run in runs):.1f}"]
-            cells += [f"{mean(run['seconds'] for run in runs):.0f}"]
+            cells.append(f"{min(run['seconds'] for run in runs):.0f}")
         every = [run for suite in suites for run in by_suite[suite]]
         counts = " / ".join(dict.fromkeys(f"{by_suite[suite][0]['coefficients']:,}" for suite in suites))
         labels = "yes" if every[0]["labels"] else "no"

@@ -1,6 +1,7 @@
 """The LightningModule that learns coefficients."""
 
 from collections.abc import Callable, Iterable, Sequence
+from math import inf, isfinite
 from typing import Any
 
 import pytorch_lightning as pl
@@ -159,7 +160,7 @@ class CoefficientLearner(pl.LightningModule):
             self.coefficients.set(start)
             losses.append((self._held_out_loss(), start))
         self.coefficients.set(present)
-        return min(losses)
+        return min(losses, key=lambda found: found if isfinite(found[0]) else (inf, found[1]))
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:

@@ -197,7 +197,8 @@ def test_a_loss_that_turns_nan_stops_and_keeps_the_last_coefficients(adamerge: R
     """An expert with values near float32's end merges to weights whose features overflow."""
     suite = shutil.copytree(toy, tmp_path / "suite")
     _change_expert(lambda state: state["visual.conv1.weight"].fill_(3e38))(suite)
-    done = adamerge("trainer.max_steps=30", "optimizer.lr=0.0", *on(suite, tmp_path / "run"), check=False)
+    options = ["method=adamerging_layerwise", "trainer.max_steps=30", "optimizer.lr=0.0"]
+    done = adamerge(*options, *on(suite, tmp_path / "run"), check=False)
     _refuses(done, "step 0", "colours", "coefficients.safetensors", "TrainingError")
     kept = load_file(tmp_path / "run" / "coefficients.safetensors")["coefficients"]
     assert torch.equal(kept, torch.full_like(kept, 0.3))

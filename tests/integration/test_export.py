@@ -47,7 +47,13 @@ save_file({{"images": images, "texts": texts}}, "{out}")
 @pytest.mark.slow
 def test_open_clip_alone_gives_the_features_of_the_run(adamerge: Run, toy: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    adamerge("trainer.max_steps=10", "optimizer.lr=0.05", "bank.dtype=float32", *on(toy, run_dir))
+    adamerge(
+        "method=adamerging_layerwise",
+        "trainer.max_steps=10",
+        "optimizer.lr=0.05",
+        "bank.dtype=float32",
+        *on(toy, run_dir),
+    )
     suite = load_suite(toy)
     clip = load_clip(suite.model, root=suite.root)
     pixels = load_image_set(suite.tasks[0].data, "test", clip, tmp_path / "cache").images[:6]

@@ -107,7 +107,9 @@ def test_saved_coefficients_merge_without_learning(run_dir: Path, adamerge: Run,
 
 def test_a_new_run_in_an_old_folder_starts_anew(adamerge: Run, toy: Path, tmp_path: Path) -> None:
     for rate in ("0.1", "0.0"):
-        adamerge("trainer.max_steps=10", f"optimizer.lr={rate}", *on(toy, tmp_path / "run"))
+        adamerge(
+            "method=adamerging_layerwise", "trainer.max_steps=10", f"optimizer.lr={rate}", *on(toy, tmp_path / "run")
+        )
     learned = load_file(tmp_path / "run" / "coefficients.safetensors")["coefficients"]
     assert torch.equal(learned, torch.full_like(learned, 0.3))
 

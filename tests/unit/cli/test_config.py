@@ -85,12 +85,12 @@ def test_every_command_composes(command: str) -> None:
 def test_train_is_complete_without_any_option() -> None:
     config, run_dir = compose_config("train", [])
     check_complete(config)
-    assert run_dir.parts[:3] == ("outputs", "mini", "adamerging_layerwise")
+    assert run_dir.parts[:3] == ("outputs", "mini", "adamerge")
 
 
-def test_the_papers_settings_are_the_defaults() -> None:
+def test_the_papers_settings_are_the_defaults_of_its_methods() -> None:
     # SPECS A1: Adam 1e-3, (0.9, 0.999), no decay, 500 steps, init 0.3, clip to [0, 1], two batches of 16.
-    config, _ = compose_config("train", [])
+    config, _ = compose_config("train", ["method=adamerging_layerwise"])
     assert config.optimizer._target_ == "torch.optim.Adam"
     assert (config.optimizer.lr, list(config.optimizer.betas), config.optimizer.weight_decay) == (1e-3, [0.9, 0.999], 0)
     assert (config.trainer.max_steps, config.trainer.limit_train_batches) == (500, 500)
