@@ -1,6 +1,7 @@
 """The part of the main job that learns: images and targets, stages, and what is kept when it is cut short."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def learn_coefficients(
         mask, history = learn_mask(method, problem, bank, losses, data, config, run_dir, method_name)
         bank, description = masked(bank, mask), describe_mask(mask, description)
         make_trainer = make_trainer if method.learn_coefficients else partial(make_trainer, max_steps=0)
+    shares = {}
     learned, stage, prepared = None, 0, method.prepare(bank)
     while prepared is not None:
         partition, coefficients = prepared
@@ -121,13 +123,15 @@ def learn_coefficients(
                 f"{error} They are in {file}; merge with them by method.coefficients={file}."
             ) from error
         model.to("cpu").update(learned.coefficients)
+        history = learned = replace(learned.after(history) if history else learned, shares=shares)
         stage += 1
         prepared = method.refine(stage, bank, partition, learned.coefficients)
+        shares = method.shares(bank, learned.coefficients) if prepared else shares
     assert learned is not None
     saved = SavedCoefficients(
         learned.coefficients, bank.task_names, learned.partition, description, bank.base_hash, method_name
     )
-    return model.weights(), saved, learned.after(history) if history else learned
+    return model.weights(), saved, learned
 
 
 def _transformed(method: Learner, bank: ParameterBank) -> ParameterBank:

@@ -102,7 +102,8 @@ def learn_mask(
         file = run_dir / "coefficients.safetensors"
         write_coefficients(file, saved)
         raise TrainingError(f"{error} Merge within a draw of it by method.coefficients={file}.") from error
-    history = Learned(start, partition, learner.losses.cpu(), learner.mean_coefficients.cpu(), steps)
+    means = learner.mean_coefficients.cpu()
+    history = Learned(start, partition, tuple(losses.heads), learner.losses.cpu(), means, steps)
     return _final(mask, method, run_dir), history
 
 

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 _DPI = 150
 _MOST_TENSOR_LABELS = 60  # columns whose names stay legible side by side
+_MOST_COLUMNS = 1000  # that are each a pixel or more wide
 _MOST_VALUES = 200  # cells that can hold their number
 # Okabe and Ito's palette without its yellow, which is too light for a line on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _DASHES = ("solid", "dashed", "dotted", "dashdot")
 
 
@@ -38,7 +39,8 @@ def coefficients_heatmap(
 ) -> None:
     """Draw λ as a heat map: a row per task, a column per group, in the order in which an image passes through them.
 
-    Columns of one transformer block stand together between lines, with the block's label below.
+    Columns of one transformer block stand together between lines, with the block's label below. Of more groups than
+    have a place side by side (those of rows), the mean over each tensor's is drawn, as the title then says.
 
     Args:
         coefficients: λ, (K, G).
@@ -50,8 +52,12 @@ def coefficients_heatmap(
         OutputError: If the file cannot be written.
     """
     _check_shape("coefficients", coefficients, (len(task_names), len(group_names)))
-    blocks = [_block(name) for name in group_names]
-    order = sorted(range(len(blocks)), key=lambda column: _depth(blocks[column]))
+    title = "Merging coefficients λ"
+    if len(group_names) > _MOST_COLUMNS:
+        coefficients, group_names = _tensor_means(coefficients, group_names)
+        title += ", mean over each tensor's groups"
+    blocks = [block_named(name) for name in group_names]
+    order = sorted(range(len(blocks)), key=lambda column: depth_of(blocks[column]))
     values = coefficients.detach().to("cpu", torch.float32)[:, order].numpy()  # (K, G)
     runs = [(block, len(list(run))) for block, run in groupby(blocks[column] for column in order)]
     names = [_short_name(group_names[column], blocks[column]) for column in order]
@@ -61,11 +67,11 @@ def coefficients_heatmap(
     with_values = values.size <= _MOST_VALUES and num_groups <= 20
     cell = 0.5 if with_values else 0.17 if with_names else 0.095
     width = min(max(cell * num_groups, 0.42 * len(runs), 4.0), 15.0)
-    figure = _new_figure(width + 2.6, 0.32 * num_tasks + (3.0 if with_names else 1.8))
+    figure = new_figure(width + 2.6, 0.32 * num_tasks + (3.0 if with_names else 1.8))
     axes = figure.subplots()
     colours, low, high = _colour_range(values)
     image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap=colours, vmin=low, vmax=high)
-    axes.set_title("Merging coefficients λ")
+    axes.set_title(title)
     axes.set_yticks(range(num_tasks), task_names)
     axes.set_xlabel("part of the image tower, from input to output")
     figure.colorbar(image, ax=axes, label="λ", pad=0.015, aspect=25)
@@ -76,7 +82,7 @@ def coefficients_heatmap(
     for edge in edges[1:-1]:
         axes.axvline(edge - 0.5, color="white", linewidth=1.2)
     centres = [(start + stop - 1) / 2 for start, stop in pairwise(edges)]
-    labels = [_block_label(block) for block, _ in runs]
+    labels = [block_label(block) for block, _ in runs]
     rotation = 45 if _collide(centres, labels, num_groups / width) else 0
     if with_names:
         axes.set_xticks(range(num_groups), names, rotation=90, fontsize=6.5)
@@ -89,7 +95,7 @@ def coefficients_heatmap(
     if with_values:
         _write_values(axes, values, low, high)
     _as_plain_text([*axes.get_xticklabels(), *axes.get_yticklabels()])
-    _save(figure, path)
+    save(figure, path)
 
 
 def loss_figure(losses: Tensor, task_names: Sequence[str], path: Path, *, loss_name: str = "entropy (nats)") -> None:
@@ -110,7 +116,7 @@ def loss_figure(losses: Tensor, task_names: Sequence[str], path: Path, *, loss_n
     num_tasks = len(task_names)
     columns = min(4, num_tasks)
     rows = math.ceil(num_tasks / columns)
-    figure = _new_figure(max(2.6 * columns, 5.0) + 0.6, max(1.75 * rows, 2.4) + 0.9)
+    figure = new_figure(max(2.6 * columns, 5.0) + 0.6, max(1.75 * rows, 2.4) + 0.9)
     grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
     panels = list(grid.flat)
     for axes in panels[num_tasks:]:
@@ -119,8 +125,8 @@ def loss_figure(losses: Tensor, task_names: Sequence[str], path: Path, *, loss_n
         steps, series = _finite(values[:, task])
         if len(series):
             marker = "o" if len(series) < 3 else None
-            axes.plot(steps, series, color=_COLOURS[4], linewidth=0.7, alpha=0.55, marker=marker)
-            axes.plot(steps, _running_mean(series), color=_COLOURS[0], linewidth=1.6)
+            axes.plot(steps, series, color=COLOURS[4], linewidth=0.7, alpha=0.55, marker=marker)
+            axes.plot(steps, _running_mean(series), color=COLOURS[0], linewidth=1.6)
         else:
             axes.text(0.5, 0.5, "no steps", transform=axes.transAxes, ha="center", va="center")
         _as_plain_text([axes.set_title(name, fontsize=10)])
@@ -134,7 +140,7 @@ def loss_figure(losses: Tensor, task_names: Sequence[str], path: Path, *, loss_n
     figure.suptitle("Loss per task: every step, and its running mean")
     figure.supxlabel("step", fontsize=10)
     figure.supylabel(loss_name, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def mean_coefficient_figure(means: Tensor, task_names: Sequence[str], path: Path) -> None:
@@ -150,14 +156,14 @@ def mean_coefficient_figure(means: Tensor, task_names: Sequence[str], path: Path
     """
     _check_shape("means", means, (means.shape[0], len(task_names)))
     values = means.detach().to("cpu", torch.float64)
-    figure = _new_figure(8.0, max(4.2, 0.26 * len(task_names) + 1.2))
+    figure = new_figure(8.0, max(4.2, 0.26 * len(task_names) + 1.2))
     axes = figure.subplots()
     lines, finals = [], []
     for task in range(len(task_names)):
         steps, series = _finite(values[:, task])
-        style = _DASHES[task // len(_COLOURS) % len(_DASHES)]
+        style = _DASHES[task // len(COLOURS) % len(_DASHES)]
         marker = "o" if len(series) < 3 else None
-        lines += axes.plot(steps, series, color=_COLOURS[task % len(_COLOURS)], linestyle=style, marker=marker)
+        lines += axes.plot(steps, series, color=COLOURS[task % len(COLOURS)], linestyle=style, marker=marker)
         finals.append(series[-1] if len(series) else -math.inf)
     order = sorted(range(len(task_names)), key=lambda task: -finals[task])  # as the line ends stand, from the top
     legend = axes.legend(
@@ -177,10 +183,10 @@ def mean_coefficient_figure(means: Tensor, task_names: Sequence[str], path: Path
     axes.set_ylabel("mean λ over the groups")
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _block(group: str) -> str:
+def block_named(group: str) -> str:
     """``embedding``, ``block.i`` or ``output`` for a group of any granularity, ``all`` for that of ``task``."""
     if group in ("all", "embedding", "output") or re.fullmatch(r"block\.\d+", group):
         return group
@@ -191,13 +197,23 @@ def _tensor_name(group: str) -> str:
     return re.sub(r"\[\d+\]$", "", group)  # a chunk's group is called key[i]
 
 
-def _depth(block: str) -> tuple[int, int]:
+def _tensor_means(coefficients: Tensor, group_names: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """λ averaged over the groups of each tensor, (K, L), and the tensors' names."""
+    names = [_tensor_name(group) for group in group_names]
+    index = {name: column for column, name in enumerate(dict.fromkeys(names))}
+    columns = torch.tensor([index[name] for name in names])
+    values = coefficients.detach().to("cpu", torch.float32)
+    total = values.new_zeros(len(values), len(index)).index_add_(1, columns, values)
+    return total / columns.bincount(), list(index)
+
+
+def depth_of(block: str) -> tuple[int, int]:
     if block.startswith("block."):
         return 1, int(block.removeprefix("block."))
     return (2 if block == "output" else 0), 0
 
 
-def _block_label(block: str) -> str:
+def block_label(block: str) -> str:
     return {"all": "all tensors", "embedding": "embed"}.get(block, block.replace(".", " "))
 
 
@@ -272,7 +288,7 @@ def _as_plain_text(texts: "Iterable[Text]") -> None:
         text.set_parse_math(False)
 
 
-def _new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     """An empty figure of ``width`` × ``height`` inches, drawn without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -282,7 +298,7 @@ def _new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save(figure: "Figure", path: Path) -> None:
     with atomic_file(path) as temporary, warnings.catch_warnings():
         # A name in a script that the font lacks is drawn as boxes; the run is none the worse for it.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from adamerge.evaluation.figures import coefficients_heatmap, loss_figure, mean_coefficient_figure
+from adamerge.evaluation.importance_figure import importance_figure
 from adamerge.evaluation.report import Results
 from adamerge.export.coefficients import SavedCoefficients, write_coefficients, write_coefficients_csv
 from adamerge.export.manifest import write_manifest
@@ -61,8 +62,11 @@ def export_run(
             groups = coefficients.partition.groups
             coefficients_heatmap(coefficients.coefficients, groups, tasks, run_dir / "figures" / "coefficients.png")
     if learned is not None and learned.steps and config["export"]["figures"]:
-        loss_figure(learned.losses, tasks, run_dir / "figures" / "losses.png")
+        objective = config["objective"]["_target_"].rpartition(".")[2]
+        loss_figure(learned.losses, learned.tasks, run_dir / "figures" / "losses.png", loss_name=objective)
         mean_coefficient_figure(learned.mean_coefficients, tasks, run_dir / "figures" / "mean_coefficients.png")
+        if learned.shares:
+            importance_figure(learned.shares, run_dir / "figures" / "importance.png")
     inputs: dict[str, Path | str] = {"pretrained": problem.suite.model.pretrained, **problem.clip.files}
     for task in problem.suite.tasks:
         inputs |= {f"expert/{task.name}": task.expert, f"data/{task.name}": task.data}

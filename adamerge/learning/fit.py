@@ -1,7 +1,7 @@
 """Run a learner: the Trainer, its checkpoints, and what is left when it ends."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -39,16 +40,20 @@ class Learned:
     Attributes:
         coefficients: λ, (K, G), on the CPU.
         partition: Its groups.
-        losses: Per step and task that was learned from, (S, T); NaN for steps that did not run.
+        tasks: Names of the tasks that were learned from.
+        losses: Per step and such task, (S, T); NaN for steps that did not run.
         mean_coefficients: λ averaged over groups per step and task, (S, K).
         steps: Optimiser steps done.
+        shares: As ``Learner.shares`` gives them, of the last stage; none: it was the first.
     """
 
     coefficients: Tensor
     partition: Partition
+    tasks: Sequence[str]
     losses: Tensor
     mean_coefficients: Tensor
     steps: int
+    shares: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
     def after(self, earlier: "Learned") -> "Learned":
         """The same with the history of what was learned before in front."""
@@ -84,6 +89,9 @@ def learn(
         UserInterruptError: On Ctrl-C.
         TrainingError: If a loss is not finite or memory runs out.
     """
+    if stage == 0 and not resume and rank_zero_only.rank == 0:
+        for later in (run_dir / "checkpoints").glob("stage-*.ckpt"):  # of another run: this one has not got there
+            later.unlink(missing_ok=True)
     learner, steps = train(
         partial(
             CoefficientLearner,
@@ -105,7 +113,8 @@ def learn(
         logger=logger,
     )
     final = learner.result().cpu()
-    return Learned(final, model.partition, learner.losses.cpu(), learner.mean_coefficients.cpu(), steps)
+    means = learner.mean_coefficients.cpu()
+    return Learned(final, model.partition, tuple(losses.heads), learner.losses.cpu(), means, steps)
 
 
 def train(

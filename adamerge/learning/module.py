@@ -114,12 +114,6 @@ class CoefficientLearner(pl.LightningModule):
                 self.coefficients.set(self._best_start()[1])
             self._select(0)
 
-    def on_train_end(self) -> None:
-        if self._starts and self.failed_step < 0:
-            loss, start = self._best_start()
-            if self._held_out_loss() > loss:
-                self.coefficients.set(start)
-
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         step = self.trainer.global_step
         optimizer: Any = self.optimizers()
@@ -150,16 +144,26 @@ class CoefficientLearner(pl.LightningModule):
         if (step + 1) % self._check_every == 0 or step + 1 == self._end:
             self._report(step)
         self._select(step + 1)
+        if step + 1 == self._end:
+            self._return_to_start()
+
+    def _return_to_start(self) -> None:
+        """At the end, before the last checkpoint, which a resumed run takes the result from."""
+        if self._starts and self.failed_step < 0:
+            loss, start = self._best_start()
+            if self._held_out_loss() > loss:
+                self.coefficients.set(start)
 
     @torch.no_grad()
     def _best_start(self) -> tuple[float, float]:
         """The least loss on the draws held out, and the constant λ that gives it."""
         losses = []
-        present = self.coefficients().detach().clone()
+        parameters = list(self.coefficients.parameters())
+        present = parameters_to_vector(parameters).clone()
         for start in self._starts:
             self.coefficients.set(start)
             losses.append((self._held_out_loss(), start))
-        self.coefficients.set(present)
+        vector_to_parameters(present, parameters)
         return min(losses, key=lambda found: found if isfinite(found[0]) else (inf, found[1]))
 
     @torch.no_grad()
@@ -182,7 +186,7 @@ class CoefficientLearner(pl.LightningModule):
         self.model.update(self.coefficients())
         merit = self._selection(self.model)
         if merit is None:
-            self.trainer.should_stop = True
+            self._stop(steps)
         elif (worth := torch.tensor(merit)) > self.best_merit.cpu():
             self.best.copy_(parameters_to_vector(self.coefficients.parameters()))
             self.best_merit.copy_(worth)
@@ -235,7 +239,13 @@ class CoefficientLearner(pl.LightningModule):
             self._end = min(self._end, -(-end // self._check_every) * self._check_every)
             self.end.fill_(self._end)
         if steps == self._end < self.trainer.max_steps:
-            self.trainer.should_stop = True
+            self._stop(steps)
+
+    def _stop(self, steps: int) -> None:
+        """Let the run end after so many steps, which are done, also where it is resumed."""
+        self._end = steps
+        self.end.fill_(steps)
+        self.trainer.should_stop = True
 
     def _report(self, step: int) -> None:
         """Every few steps the host looks: log, and stop if a loss was not finite."""
@@ -246,7 +256,8 @@ class CoefficientLearner(pl.LightningModule):
         optimizer: Any = self.optimizers()
         if (gap := getattr(optimizer.optimizer, "gap", None)) is not None:
             self.log("gap", float(gap))
-            self.trainer.should_stop = float(gap) <= optimizer.optimizer.tolerance
+            if float(gap) <= optimizer.optimizer.tolerance:
+                self._stop(step + 1)
         failed = int(self.failed_step)
         if failed < 0:
             self._end_early(step + 1)

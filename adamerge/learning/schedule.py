@@ -29,7 +29,6 @@ class Schedule:
         decay: Of the rate, from all of it to (nearly) nothing: ``constant``, ``linear``, ``cosine`` or ``hold``, which
             keeps it and lets it fall linearly over the last 30 % of the steps.
         average: The result is the mean of the iterates of this last share of the steps; 0: the last iterate.
-
         patience: Over so many steps a loss must fall by 5 %; where it does not, a held rate falls at once and the run
             ends early. 0: the run never ends early.
 
@@ -49,6 +48,8 @@ class Schedule:
             raise ConfigError(f"schedule.average lies in [0, 1], found {self.average}.")
         if self.patience < 0 or (self.patience and self.decay != "hold"):
             raise ConfigError("schedule.patience is 0 or more, and above 0 it needs schedule.decay=hold.")
+        if self.patience and self.average > _FALL:  # of a run that is cut short only the fall is sure to be ahead
+            raise ConfigError(f"schedule.average is at most {_FALL} with schedule.patience, found {self.average}.")
 
     def factor(self, step: int, steps: int) -> float:
         """Of the rate at ``step`` of ``steps``."""

@@ -46,6 +46,8 @@ class Alignment:
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ConfigError(f"objective.temperature is above 0, found {self.temperature}.")
+        if self.logit_weight < 0 or self.hidden_weight < 0:
+            raise ConfigError("objective.logit_weight and objective.hidden_weight are at least 0.")
         if self.tokens not in ("class", "all") or self.reduction not in ("sum", "mean"):
             raise ConfigError("objective.tokens is 'class' or 'all', objective.reduction 'sum' or 'mean'.")
         if self.logit_weight == 0 and (self.hidden_weight == 0 or not self.layers):

@@ -167,7 +167,7 @@ class _Writer:
         return self
 
     def append(self, image: Tensor) -> None:
-        self._file.write(image.numpy().data)
+        self._file.write(image.contiguous().numpy().data)
 
     def finish(self, shape: tuple[int, ...]) -> None:
         text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"

@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 from adamerge.tasks.datamodule import TaskImages
 
 
-@pytest.mark.parametrize("size", [8, 7])
+# Where a row's gradient is next to nothing, Adam makes a step of its rounding: 1e-4 is a hundredth of a step.
+@pytest.mark.parametrize(("method", "size", "tolerance"), [("adamerging_layerwise", 8, 1e-6), ("adamerge", 7, 1e-4)])
 def test_two_processes_equal_one_on_the_same_global_batch(
-    size: int, adamerge_process: Run, toy: Path, tmp_path: Path
+    method: str, size: int, tolerance: float, adamerge_process: Run, toy: Path, tmp_path: Path
 ) -> None:
     options = [
+        f"method={method}",
         "trainer.precision=32-true",
         "trainer.max_steps=20",
         "optimizer.lr=0.01",
@@ -23,8 +25,8 @@ def test_two_processes_equal_one_on_the_same_global_batch(
     adamerge_process(*options, *on(toy, tmp_path / "one"))
     adamerge_process(*options, "trainer.devices=2", "trainer.strategy=ddp", *on(toy, tmp_path / "two"))
     one, two = (load_file(tmp_path / name / "coefficients.safetensors")["coefficients"] for name in ("one", "two"))
-    assert not torch.equal(one, torch.full_like(one, 0.3))
-    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
+    assert one.std() > 1e-3  # it has learned
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=tolerance)
 
 
 def test_ranks_see_disjoint_images_that_make_up_the_batch() -> None:

@@ -1,6 +1,6 @@
 """Expert Merging and Expert Merging++: coefficients that make the merged model agree with each expert on its task."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,27 +67,29 @@ class ExpertMerging(Learner):
     def refine(
         self, stage: int, bank: ParameterBank, partition: Partition, coefficients: Tensor
     ) -> tuple[Partition, Coefficients] | None:
-        if self.budget is None or stage > 1:
+        counts = {key: count for key, (_, count) in self.shares(bank, coefficients).items()} if stage == 1 else {}
+        if not counts:
             return None
-        weights = self.importance(bank, coefficients)
-        if not weights.any():
-            return None  # no expert differs from the pretrained model
-        sizes = [shape.numel() for shape in bank.shapes.values()]
-        counts = share_out(weights, sizes, budget=self.budget, exponent=self.exponent)
-        if not any(counts):
+        if not any(counts.values()):
             raise ConfigError(
                 f"method.budget={self.budget:g} leaves no tensor a coefficient at method.exponent={self.exponent:g}. "
                 "Raise the budget."
             )
-        chunks = dict(zip(bank.shapes, (max(1, count) for count in counts), strict=True))
-        refined = Partition.in_chunks("importance", bank.shapes, chunks)
-        fixed = torch.zeros(1, refined.num_groups, dtype=torch.bool)
-        for key, count in zip(bank.shapes, counts, strict=True):
-            if count == 0:
-                fixed[:, refined.groups.index(key)] = True
+        refined = Partition.in_chunks("importance", bank.shapes, {key: max(1, count) for key, count in counts.items()})
+        fixed = torch.tensor([[counts.get(group) == 0 for group in refined.groups]])  # a single group lends the key
         return refined, Coefficients(
             bank.num_tasks, refined.num_groups, init=column(self.init), constraint=self.constraint, fixed=fixed
         )
+
+    def shares(self, bank: ParameterBank, coefficients: Tensor) -> Mapping[str, tuple[float, int]]:
+        if self.budget is None:
+            return {}
+        weights = self.importance(bank, coefficients)
+        if not weights.any():
+            return {}  # no expert differs from the pretrained model
+        sizes = [shape.numel() for shape in bank.shapes.values()]
+        counts = share_out(weights, sizes, budget=self.budget, exponent=self.exponent)
+        return dict(zip(bank.shapes, zip(weights.tolist(), counts, strict=True), strict=True))
 
     def importance(self, bank: ParameterBank, coefficients: Tensor) -> Tensor:
         """Share of every tensor in what is added to the pretrained weights: Σ_k |λ_k| · ‖τ_k‖₁, of sum 1.

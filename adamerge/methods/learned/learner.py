@@ -51,6 +51,15 @@ class Learner(ABC):
         """
         return None
 
+    def shares(self, bank: ParameterBank, coefficients: Tensor) -> Mapping[str, tuple[float, int]]:
+        """By tensor its importance and how many λ per task a further stage gives it for that; none where it is not so.
+
+        Args:
+            bank: As ``prepare`` saw it.
+            coefficients: λ that the stage before learned, (K, G).
+        """
+        return {}
+
     def penalty(self, coefficients: Tensor) -> Tensor | None:
         """A scalar of λ (K, G) that is added to the loss of a step."""
         return None

@@ -25,13 +25,13 @@ def vit_keys(num_blocks: int) -> list[str]:
 def drawn(monkeypatch):
     """The figures as drawn, kept at the moment they are saved."""
     kept = []
-    save = figures._save
+    save = figures.save
 
     def save_and_keep(figure, path):
         save(figure, path)
         kept.append(figure)
 
-    monkeypatch.setattr(figures, "_save", save_and_keep)
+    monkeypatch.setattr(figures, "save", save_and_keep)
     return kept
 
 
