@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from measures import measure_passes, measure_step
+from measures import measure_passes, measure_run, measure_step
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -45,6 +45,7 @@ DEFAULTS = {
         "kernels": ["torch"],
         "contestants": ["bf16-mixed/bfloat16", "32-true/float32", "reference"],
         "steps": 3,
+        "runs_of": [],
     },
     "cuda": {
         "threads": 8,
@@ -52,8 +53,15 @@ DEFAULTS = {
         "tasks": [2, 4, 8, 16, 32, 64],
         "partitions": ["task", "tensor", "block", "chunk(8)", "row", "random(8)"],
         "kernels": ["triton", "torch"],
-        "contestants": ["bf16-mixed/bfloat16", "32-true/float32", "bf16-mixed/bfloat16/host", "reference"],
+        "contestants": [
+            "bf16-mixed/bfloat16",
+            "bf16-mixed/bfloat16/unrecorded",
+            "32-true/float32",
+            "bf16-mixed/bfloat16/host",
+            "reference",
+        ],
         "steps": 20,
+        "runs_of": ["b32:8"],
     },
 }
 """Of the options, by device."""
@@ -188,11 +196,12 @@ def run_alone(what: str, task: dict, threads: int) -> dict:
     return in_process([sys.executable, __file__, "--threads", str(threads), "--alone", what, json.dumps(task)])
 
 
-def table(passes: list[dict], steps: list[dict], accuracy: list[dict]) -> str:
+def table(record: dict[str, list[dict]]) -> str:
     """Everything in Markdown."""
+    steps = record["steps"]
     lines = ["| τ | K | partition | kernels | merge, ms | GB/s | % of copy | gradient, ms | GB/s | % of copy |"]
     lines += ["|---|--:|---|---|--:|--:|--:|--:|--:|--:|"]
-    for entry in passes:
+    for entry in record["passes"]:
         for granularity, both in entry["partitions"].items():
             cells = [
                 f"{entry['size']} {entry['dtype']}",
@@ -220,12 +229,18 @@ def table(passes: list[dict], steps: list[dict], accuracy: list[dict]) -> str:
         )
     lines += ["", "| suite | recipe | seeds | steps | seconds | accuracy, % | steps to goal | seconds to goal |"]
     lines += ["|---|---|--:|--:|--:|--:|--:|--:|"]
-    for entry in accuracy:
+    for entry in record["accuracy"]:
         goal = [f"{entry[name]:.0f}" if entry[name] else "–" for name in ("steps_to_goal", "seconds_to_goal")]
         lines.append(
             f"| {entry['suite']} | {entry['optimizer']} | {entry['seeds']} | {entry['steps']:.0f} | "
             f"{entry['seconds']:.0f} | {100 * entry['accuracy']:.2f} | {' | '.join(goal)} |"
         )
+    for entry in record["runs"]:
+        lines += [
+            "",
+            f"{entry['steps']} steps of {entry['size']}, {entry['tasks']} × {entry['batch']} images, from the",
+        ]
+        lines[-1] += f" first draw to the last checkpoint: {entry['seconds']:.1f} s"
     return "\n".join(lines)
 
 
@@ -242,6 +257,7 @@ def main() -> None:
         "--kernels", nargs="+", choices=["triton", "torch"], help="of the passes; triton with --gpu only"
     )
     parser.add_argument("--steps-of", nargs="*", default=["b32:8"], help="SIZE:TASKS of the steps")
+    parser.add_argument("--runs-of", nargs="*", help="SIZE:TASKS of whole runs of 500 steps")
     parser.add_argument("--batch", type=int, default=16, help="images per task")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--rounds", type=int, default=3)
@@ -249,7 +265,8 @@ def main() -> None:
         "--contestants",
         nargs="+",
         help="PRECISION/DTYPE of τ, with /host or /disk for τ that is streamed from there, and /MODE of torch.compile "
-        "(default, reduce-overhead, …); or reference, the plain implementation",
+        "(default, reduce-overhead, …), with /unrecorded to launch kernels one by one; or "
+        "reference, the plain implementation",
     )
     parser.add_argument("--accuracy-of", nargs="*", default=[], help="mini, or folders of suites: accuracy over steps")
     parser.add_argument("--seeds", type=int, default=5, help="of --accuracy-of")
@@ -267,7 +284,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     if arguments.alone:
-        measure = {"step": measure_step, "passes": measure_passes, "accuracy": measure_accuracy}[arguments.alone[0]]
+        measures = {"step": measure_step, "passes": measure_passes, "accuracy": measure_accuracy, "run": measure_run}
+        measure = measures[arguments.alone[0]]
         print(json.dumps(measure(**json.loads(arguments.alone[1]))))
         return
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -276,7 +294,9 @@ def main() -> None:
         parser.error("--kernels triton needs --gpu")
     if bool(arguments.peer) != bool(arguments.peer_script):
         parser.error("--peer and --peer-script go together")
-    arguments.steps_of = [(size, int(tasks)) for size, _, tasks in (item.partition(":") for item in arguments.steps_of)]
+    for name in ("steps_of", "runs_of"):
+        parts = [item.partition(":") for item in getattr(arguments, name)]
+        setattr(arguments, name, [(size, int(tasks)) for size, _, tasks in parts])
     passes = []
     for size, num_tasks, dtype, kernels in product(
         arguments.passes, arguments.tasks, arguments.dtypes, arguments.kernels
@@ -287,6 +307,11 @@ def main() -> None:
         print(json.dumps(passes[-1]), flush=True)
     steps = compare_steps(arguments)
     accuracy = compare_accuracy(arguments)
+    runs = []
+    for size, num_tasks in arguments.runs_of:
+        task = {"size": size, "num_tasks": num_tasks, "batch": arguments.batch, "steps": 500}
+        runs.append(run_alone("run", task | {"device": arguments.device}, arguments.threads))
+        print(json.dumps(runs[-1]), flush=True)
     if arguments.device == "cuda":
         chip, device = "gpu", torch.cuda.get_device_name()
     else:
@@ -300,12 +325,13 @@ def main() -> None:
         "passes": ("size", "tasks", "dtype", "kernels"),
         "steps": ("size", "tasks", "batch", "contestant"),
         "accuracy": ("suite", "optimizer"),
+        "runs": ("size", "tasks", "batch"),
     }
-    for (kind, names), new in zip(identities.items(), (passes, steps, accuracy), strict=True):
+    for (kind, names), new in zip(identities.items(), (passes, steps, accuracy, runs), strict=True):
         found = {tuple(row.get(name, "torch") for name in names): row for row in [*record.get(kind, []), *new]}
         record[kind] = list(found.values())
     out.write_text(json.dumps(record, indent=1) + "\n")
-    print(table(record["passes"], record["steps"], record["accuracy"]))
+    print(table(record))
 
 
 def processor() -> str:

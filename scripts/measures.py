@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +24,7 @@ from adamerge.bank import ParameterBank  # noqa: E402
 from adamerge.bank.storage import DTYPES, StoredTaskVectors  # noqa: E402
 from adamerge.files import scratch_file  # noqa: E402
 from adamerge.learning.losses import passes  # noqa: E402
+from adamerge.learning.recorded import Recorded  # noqa: E402
 from adamerge.merging import Coefficients, MergedModel, Partition, contract  # noqa: E402
 from adamerge.merging.fused import available  # noqa: E402
 from adamerge.merging.merge import merge_into  # noqa: E402
@@ -109,6 +112,15 @@ def _once(call: Callable[[], object], device: str) -> float:
     return time.perf_counter() - begin
 
 
+def recorded(call: Callable[[], object]) -> Callable[[], object]:
+    """The same from a recording, as a step has it, lest the host's part be timed."""
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+        call()
+    return graph.replay
+
+
 def copy_bandwidth(device: str) -> float:
     """Bytes read plus bytes written a second, between two touched buffers of 1 GiB."""
     source, target = torch.ones(1 << 28, device=device), torch.zeros(1 << 28, device=device)
@@ -148,7 +160,7 @@ def measure_passes(
             ("merge", 8, lambda p=partition, w=weights: merge_into(out, bank, w, p)),
             ("gradient", 4, lambda p=partition: contract(bank, gradients, p)),
         ):
-            seconds = timed(call, 7, device)
+            seconds = timed(recorded(call) if device == "cuda" else call, 7, device)
             bandwidth.append(copy_bandwidth(device))
             speed = (stored + fixed) * parameters / seconds
             share = speed / (sum(bandwidth[-2:]) / 2)
@@ -170,17 +182,8 @@ def measure_step(
     Resident memory counts pages of mapped files, which the system takes back at will; anonymous memory does not (it is
     looked at on a CPU only, since looking takes time from the thread that launches the work of a GPU).
     """
-    from open_clip.model import CLIPVisionCfg, _build_vision_tower
-
-    cfg = SIZES[size]
-    tower = _build_vision_tower(cfg["embed_dim"], CLIPVisionCfg(**{k: v for k, v in cfg.items() if k != "embed_dim"}))
-    network = ImageEncoder(tower, *([0.5] * 3, [0.25] * 3)).requires_grad_(False).to(device)
-    pretrained = {name: value.detach() for name, value in network.named_parameters()}
-    heads = []
-    for task in range(num_tasks):
-        classes = torch.randn(CLASSES[task % len(CLASSES)], cfg["embed_dim"])
-        heads.append(100 * torch.nn.functional.normalize(classes, dim=-1).to(device))
-    side = cfg["image_size"]
+    network, pretrained, heads = _random_problem(size, num_tasks, device)
+    side = SIZES[size]["image_size"]
 
     def draw() -> list[Tensor]:
         return [torch.randn(batch, 3, side, side, device=device) for _ in range(num_tasks)]
@@ -191,9 +194,10 @@ def measure_step(
         precision, dtype, *options = contestant.split("/")
         places = [option for option in options if option in ("host", "disk")]
         place = folder if places == ["disk"] and folder else (*places, "auto")[0]
-        modes = [option for option in options if option not in places]
+        modes = [option for option in options if option not in (*places, "unrecorded")]
         bank = random_bank(pretrained, num_tasks, dtype, place=place)
-        step = _our_step(network, bank, heads, precision, modes[0] if modes else None)
+        recorded = device == "cuda" and "unrecorded" not in options
+        step = _our_step(network, bank, heads, precision, modes[0] if modes else None, recorded=recorded)
     memory = {}
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -205,6 +209,61 @@ def measure_step(
         memory["peak_anonymous_MiB"] = anonymous.peak / 1024
     memory["peak_rss_MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"sec_per_step": seconds, **memory}
+
+
+def _random_problem(size: str, num_tasks: int, device: str) -> tuple[torch.nn.Module, dict[str, Tensor], list[Tensor]]:
+    """An image tower, its weights by key, and a head per task."""
+    from open_clip.model import CLIPVisionCfg, _build_vision_tower
+
+    cfg = SIZES[size]
+    tower = _build_vision_tower(cfg["embed_dim"], CLIPVisionCfg(**{k: v for k, v in cfg.items() if k != "embed_dim"}))
+    network = ImageEncoder(tower, *([0.5] * 3, [0.25] * 3)).requires_grad_(False).to(device)
+    heads = []
+    for task in range(num_tasks):
+        classes = torch.randn(CLASSES[task % len(CLASSES)], cfg["embed_dim"])
+        heads.append(100 * torch.nn.functional.normalize(classes, dim=-1).to(device))
+    return network, {name: value.detach() for name, value in network.named_parameters()}, heads
+
+
+def measure_run(size: str, num_tasks: int, batch: int, steps: int, device: str) -> dict:
+    """Seconds of a whole layer-wise run, with its Trainer and draws of 512 random images a task."""
+    import pytorch_lightning as pl
+
+    from adamerge.learning.fit import learn
+    from adamerge.learning.losses import TaskLosses
+    from adamerge.learning.schedule import Schedule
+    from adamerge.objectives import Entropy
+    from adamerge.tasks.datamodule import TaskImages
+
+    network, pretrained, heads = _random_problem(size, num_tasks, device)
+    bank, side = random_bank(pretrained, num_tasks, "bfloat16"), SIZES[size]["image_size"]
+    images = {task: torch.randint(256, (512, 3, side, side), dtype=torch.uint8) for task in bank.task_names}
+    rows = {task: torch.arange(512) for task in images}
+    partition = Partition.build("tensor", bank.shapes)
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        learned = learn(
+            MergedModel(network, bank, partition),
+            Coefficients(num_tasks, partition.num_groups, init=0.3, constraint="clamp"),
+            TaskLosses(Entropy(), dict(zip(images, heads, strict=True)), dict.fromkeys(images, 1.0), "auto"),
+            TaskImages(images, rows, images_per_batch=batch, batches_per_step=1, seed=0),
+            run_dir=Path(folder),
+            make_trainer=partial(
+                pl.Trainer,
+                max_steps=steps,
+                accelerator=device,
+                devices=1,
+                precision="bf16-mixed",
+                limit_train_batches=steps,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            ),
+            optimizer=partial(torch.optim.Adam, lr=1e-3),
+            schedule=Schedule(steps=steps, decay="constant", average=0, patience=0),
+            resume=False,
+        )
+        seconds = time.perf_counter() - begin
+    return {"size": size, "tasks": num_tasks, "batch": batch, "steps": learned.steps, "seconds": seconds}
 
 
 class PeakAnonymous(threading.Thread):
@@ -229,7 +288,13 @@ class PeakAnonymous(threading.Thread):
 
 
 def _our_step(
-    network: torch.nn.Module, bank: ParameterBank, heads: list[Tensor], precision: str, compiled: str | None
+    network: torch.nn.Module,
+    bank: ParameterBank,
+    heads: list[Tensor],
+    precision: str,
+    compiled: str | None,
+    *,
+    recorded: bool,
 ) -> Callable[[list[Tensor]], None]:
     device = heads[0].device
     partition = Partition.build("tensor", bank.shapes)
@@ -237,8 +302,7 @@ def _our_step(
     optimizer = torch.optim.Adam(coefficients.parameters(), lr=1e-3)
     model = MergedModel(network, bank, partition, compiled=compiled)
 
-    def step(images: list[Tensor]) -> None:
-        value = coefficients()
+    def compute(value: Tensor, images: list[Tensor]) -> tuple[Tensor]:
         groups = passes({str(task): part for task, part in enumerate(images)})
         model.update(value, single_backward=len(groups) == 1)
         for group in groups:
@@ -248,8 +312,15 @@ def _our_step(
             features = torch.nn.functional.normalize(features.float(), dim=-1).split([len(part) for part in parts])
             losses = [softmax_entropy(f @ heads[int(t)].T).mean() for f, t in zip(features, group, strict=True)]
             torch.stack(losses).sum().backward()
+        return (model.coefficient_gradient(),)
+
+    gradient_of = Recorded(compute, device) if recorded and model.recordable else compute
+
+    def step(images: list[Tensor]) -> None:
+        value = coefficients()
+        (gradient,) = gradient_of(value.detach(), images)
         optimizer.zero_grad()
-        value.backward(model.coefficient_gradient())
+        value.backward(gradient)
         optimizer.step()
 
     return step

@@ -36,15 +36,20 @@ def streamed(task_vectors: Mapping[str, Tensor], keys: Iterable[str], device: to
         All at once where they lie there; else as many as a buffer holds, which are valid until the next are asked for.
     """
     keys = list(keys)
-    if isinstance(task_vectors, StoredTaskVectors) and any(
-        task_vectors.stored(key)[0].device != device for key in keys
-    ):
+    if not lie_on(device, task_vectors, keys):
         yield from prefetched(task_vectors, keys, device)
     elif isinstance(task_vectors, StoredTaskVectors | dict):
         yield slice(None), {key: Rows.of(task_vectors, key).to(device) for key in keys}
     else:  # computed when they are read, so one at a time
         for key in keys:
             yield slice(None), {key: Rows.of(task_vectors, key).to(device)}
+
+
+def lie_on(device: torch.device, task_vectors: Mapping[str, Tensor], keys: Iterable[str]) -> bool:
+    """Whether they need not be streamed to the device; those that are computed when they are read lie anywhere."""
+    return not isinstance(task_vectors, StoredTaskVectors) or all(
+        task_vectors.stored(key)[0].device == device for key in keys
+    )
 
 
 def prefetched(task_vectors: Mapping[str, Tensor], keys: Iterable[str], device: torch.device) -> Iterator[Batch]:

@@ -77,7 +77,7 @@ def learn(
     optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer],
     schedule: Schedule,
     resume: bool,
-    penalty: Callable[[Tensor], Tensor | None] = lambda coefficients: None,
+    penalty: Callable[[Tensor, Tensor], Tensor | None] = lambda coefficients, raw: None,
     starts: Sequence[float] = (),
     selection: Selection | None = None,
     callbacks: Iterable[Callback] = (),

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from adamerge.errors import TrainingError, shortlist
 from adamerge.learning.losses import TaskLosses
+from adamerge.learning.recorded import Recorded
 from adamerge.learning.schedule import Schedule
 from adamerge.learning.selection import Selection
 from adamerge.merging import Coefficients, MergedModel
@@ -32,7 +33,7 @@ class CoefficientLearner(pl.LightningModule):
         model: Merged model; kept out of the module's tree.
         coefficients: Gives λ (K, G); its parameters are all that learns.
         losses: What to minimise, on which tasks' images.
-        penalty: λ → a scalar that is added to the loss, or None.
+        penalty: λ and the raw parameter → a scalar that is added to the loss, or None.
         optimizer: Parameters → optimiser.
         schedule: Of its rate, of the iterates that count, and of an early end.
         starts: Constant λ to compare on the draws ``HELD_OUT``: learning starts from the one of least loss, and the
@@ -50,7 +51,7 @@ class CoefficientLearner(pl.LightningModule):
         coefficients: Coefficients,
         losses: TaskLosses,
         *,
-        penalty: Callable[[Tensor], Tensor | None] = lambda coefficients: None,
+        penalty: Callable[[Tensor, Tensor], Tensor | None] = lambda coefficients, raw: None,
         optimizer: Callable[[Iterable[torch.nn.Parameter]], Optimizer],
         schedule: Schedule,
         starts: Sequence[float] = (),
@@ -69,6 +70,7 @@ class CoefficientLearner(pl.LightningModule):
         self._starts = starts
         self._selection = selection
         self._check_every = check_every
+        self._compute: Callable[[Tensor, Batch], tuple[Tensor, ...]] = self._losses_and_gradient
         self.losses: Tensor
         self.mean_coefficients: Tensor
         self.failed_step: Tensor
@@ -104,6 +106,8 @@ class CoefficientLearner(pl.LightningModule):
     def on_fit_start(self) -> None:
         self.model.to(self.device)
         self._task_losses.to(self.device)
+        if self.device.type == "cuda" and self._recordable:
+            self._compute = Recorded(self._losses_and_gradient, self.device)
 
     def on_train_start(self) -> None:
         self._end = int(self.end)
@@ -121,22 +125,17 @@ class CoefficientLearner(pl.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self._schedule.factor(step, self._end)
         coefficients = self.coefficients()
-        observe = getattr(optimizer.optimizer, "observe", None)
-        single = len(self._task_losses.passes(batch)) == 1 and observe is None
-        self.model.update(coefficients, single_backward=single)
-        losses = self._task_losses.backward(self.model, batch, self._scaled)
-        gradient = self.model.coefficient_gradient()
-        losses, gradient = self._sum_over_ranks(losses, gradient)
+        losses, gradient = self._sum_over_ranks(*self._compute(coefficients.detach(), batch))
         outputs, slopes = [coefficients], [gradient]
-        if (penalty := self._penalty(coefficients)) is not None:
+        if (penalty := self._penalty(coefficients, self.coefficients.raw)) is not None:
             outputs.append(self._scaled(penalty))
             slopes.append(torch.ones_like(outputs[1]))
         parameters = list(self.coefficients.parameters())
         # autograd.grad rather than backward: DDP's hooks, which wait for gradients of their own, stay out of it.
         for parameter, value in zip(parameters, torch.autograd.grad(outputs, parameters, slopes), strict=True):
             parameter.grad = value
-        if observe is not None:
-            observe(self.model)
+        if self._observed:
+            optimizer.optimizer.observe(self.model)
         self._guarded_step(optimizer, step, losses, gradient)
         self._average(step)
         self.losses[step] = losses
@@ -146,6 +145,25 @@ class CoefficientLearner(pl.LightningModule):
         self._select(step + 1)
         if step + 1 == self._end:
             self._return_to_start()
+
+    def _losses_and_gradient(self, coefficients: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Losses by task (T,) and ∂L/∂λ (K, G) on one rank's images."""
+        single = len(self._task_losses.passes(batch)) == 1 and not self._observed
+        self.model.update(coefficients, single_backward=single)
+        losses = self._task_losses.backward(self.model, batch, self._scaled)
+        return losses, self.model.coefficient_gradient()
+
+    @property
+    def _observed(self) -> bool:
+        """Whether the optimiser looks at the gradients of the merged weights."""
+        optimizer: Any = self.optimizers()
+        return hasattr(optimizer.optimizer, "observe")
+
+    @property
+    def _recordable(self) -> bool:
+        """Whether the gradient is the same work at every step."""
+        changing = self._task_losses.objective.needs == "views" or self._scaler is not None or self._observed
+        return self.model.recordable and not changing
 
     def _return_to_start(self) -> None:
         """At the end, before the last checkpoint, which a resumed run takes the result from."""

@@ -41,7 +41,7 @@ class TrustedImages:
     @torch.no_grad()
     def __call__(self, step: int) -> Mapping[str, Mapping[str, Tensor]] | None:
         """``trusted`` by task, int64 (N,) on the CPU; None within an epoch."""
-        if step % ceil(self.steps / self.objective.epochs):
+        if step % max(1, ceil(self.steps / self.objective.epochs)):
             return None
         self.model.update(self.coefficients())
         return {task: {"trusted": self._trusted(task)} for task in self.images}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from adamerge.errors import ConfigError, ShapeError
-from adamerge.merging.constraints import constraint_named
+from adamerge.merging.constraints import Constraint, constraint_named
 
 
 class Coefficients(nn.Module):
@@ -16,7 +16,7 @@ class Coefficients(nn.Module):
         num_tasks: K.
         num_groups: G.
         init: Initial λ: one number, one per task (K), or all of them (K, G).
-        constraint: ``identity``, ``clamp``, ``sigmoid`` or ``softmax`` (over tasks).
+        constraint: ``identity``, ``clamp``, ``sigmoid``, ``softmax`` (over tasks) or one that is not named.
         fixed: Which λ stay at their initial value whatever the constraint, bool (K, G) or broadcastable to it.
 
     Raises:
@@ -30,15 +30,15 @@ class Coefficients(nn.Module):
         num_groups: int,
         *,
         init: float | Sequence[float] | Tensor,
-        constraint: str,
+        constraint: str | Constraint,
         fixed: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self._constraint = constraint_named(constraint)
+        self._constraint = constraint_named(constraint) if isinstance(constraint, str) else constraint
         start = torch.as_tensor(init, dtype=torch.get_default_dtype())
         if start.dim() == 1 and start.shape[0] == num_tasks:
             start = start[:, None]
-        full = (num_tasks, num_groups)
+        full = self._shape = (num_tasks, num_groups)
         if start.dim() not in (0, 2) or any(n not in (1, full[axis]) for axis, n in enumerate(start.shape)):
             raise ShapeError(
                 f"the initial coefficients have shape {tuple(start.shape)}. Give one number, one per task "
@@ -61,7 +61,7 @@ class Coefficients(nn.Module):
     @torch.no_grad()
     def set(self, value: float | Tensor) -> None:
         """Let λ be ``value``, one number or (K, G), as far as it is not fixed; the constraint must admit it."""
-        self.raw.copy_(self._constraint.inverse(torch.as_tensor(value).to(self.raw).expand(self.raw.shape)))
+        self.raw.copy_(self._constraint.inverse(torch.as_tensor(value).to(self.raw).expand(self._shape)))
 
     def forward(self) -> Tensor:
         """λ, (K, G)."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -9,9 +10,30 @@ from torch import Tensor
 from adamerge.errors import ConfigError
 
 
+class Constraint(Protocol):
+    """A differentiable map from a raw parameter, of any shape, to λ (K, G); one with tensors of its own is a module."""
+
+    @property
+    def range(self) -> str:
+        """The admitted initial values, in words."""
+        ...
+
+    def forward(self, raw: Tensor, /) -> Tensor:
+        """Raw parameter → λ."""
+        ...
+
+    def inverse(self, coefficients: Tensor, /) -> Tensor:
+        """Initial λ → raw parameter."""
+        ...
+
+    def admits(self, coefficients: Tensor, /) -> bool:
+        """Whether an initial λ can be reached."""
+        ...
+
+
 @dataclass(frozen=True)
-class Constraint:
-    """A differentiable map on coefficients, (K, G) → (K, G).
+class Named:
+    """A constraint on coefficients of functions alone, (K, G) → (K, G).
 
     Attributes:
         forward: Raw parameter → λ.
@@ -32,16 +54,14 @@ def _clamp(raw: Tensor) -> Tensor:
 
 
 CONSTRAINTS: dict[str, Constraint] = {
-    "identity": Constraint(torch.clone, torch.clone, lambda init: True, "any value"),
+    "identity": Named(torch.clone, torch.clone, lambda init: True, "any value"),
     # AdaMerging clips in the forward pass only: the raw parameter may leave [0, 1], and then gets no gradient.
-    "clamp": Constraint(_clamp, torch.clone, lambda init: True, "any value"),
-    "sigmoid": Constraint(
+    "clamp": Named(_clamp, torch.clone, lambda init: True, "any value"),
+    "sigmoid": Named(
         torch.sigmoid, torch.logit, lambda init: bool(((init > 0) & (init < 1)).all()), "values between 0 and 1"
     ),
     # Softmax fixes the sum over tasks at 1, so an initial λ is kept up to that scale: equal values become 1/K.
-    "softmax": Constraint(
-        lambda raw: raw.softmax(dim=0), torch.log, lambda init: bool((init > 0).all()), "values above 0"
-    ),
+    "softmax": Named(lambda raw: raw.softmax(dim=0), torch.log, lambda init: bool((init > 0).all()), "values above 0"),
 }
 
 

@@ -21,8 +21,11 @@ from adamerge.merging.kernels import add_task_vectors, contract_task_vectors
 from adamerge.merging.partition import Partition
 from adamerge.merging.tiles import ALIGN, BLOCK, WIDTH, Tiles, tiles_of
 
-_AT_ONCE = 8
+_AT_ONCE = 4
 """Tasks whose loads are in flight together."""
+
+_RECENT = 64
+"""Tables of addresses that are kept, per table of tiles."""
 
 _RUNS = 16
 """Runs of sums that a program adds up."""
@@ -106,7 +109,7 @@ def _add(
     device = next(iter(rows.values())).values.device
     tiles = tiles_of(partition, rows, partial(_upload, device=device))
     factors = weights.to(device, torch.float32).contiguous()
-    tensors = _upload(_addresses(targets, rows), device)
+    tensors = _tensors(tiles, _addresses(targets, rows), device)
     _launch("add", tiles, rows, tensors, factors, *factors.shape)
 
 
@@ -114,7 +117,7 @@ def _contract(gradients: Mapping[str, Tensor], rows: Mapping[str, Rows], partiti
     device, num_tasks = total.device, total.shape[1]
     tiles = tiles_of(partition, rows, partial(_upload, device=device))
     wide = {key: gradient.to(torch.float32).contiguous() for key, gradient in gradients.items()}
-    tensors = _upload(_addresses({key: (gradient,) for key, gradient in wide.items()}, rows), device)
+    tensors = _tensors(tiles, _addresses({key: (gradient,) for key, gradient in wide.items()}, rows), device)
     sums = torch.empty(num_tasks, tiles.count, device=device)
     _launch("contract", tiles, rows, tensors, sums, *sums.shape)
     for level, (bounds, places) in enumerate(tiles.levels, 1):
@@ -161,8 +164,8 @@ def _kernel(name: str, grid: Sequence[int], device: torch.device) -> Any:
     return call
 
 
-def _addresses(targets: Mapping[str, Sequence[Tensor]], rows: Mapping[str, Rows]) -> Tensor:
-    """What triton_kernels.py has to know of each tensor, (tensors, 7) int64."""
+def _addresses(targets: Mapping[str, Sequence[Tensor]], rows: Mapping[str, Rows]) -> tuple[tuple[int, ...], ...]:
+    """What triton_kernels.py has to know of each tensor, seven numbers."""
     table = []
     for key, part in rows.items():
         size = part.values[0].numel()
@@ -170,13 +173,29 @@ def _addresses(targets: Mapping[str, Sequence[Tensor]], rows: Mapping[str, Rows]
         out, base = [tensor.data_ptr() for tensor in targets[key]] + [0] * (2 - len(targets[key]))
         wide = [out, base, part.values.data_ptr()]
         aligned = size % ALIGN == 0 and not any(address % 16 for address in wide)
-        table.append([*wide, scales, size, part.values.shape[1], aligned])
-    return torch.tensor(table, dtype=torch.int64)
+        table.append((*wide, scales, size, part.values.shape[1], int(aligned)))
+    return tuple(table)
+
+
+def _tensors(tiles: Tiles, addresses: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """``addresses`` on the device, (tensors, 7) int64; most steps have those of the step before."""
+    recording = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    known = tiles.recorded if recording else tiles.recent
+    if (table := known.get(addresses)) is None:
+        if not recording and len(known) >= _RECENT:
+            known.pop(next(iter(known)))
+        table = known[addresses] = _upload(torch.tensor(addresses, dtype=torch.int64), device)
+    return table
 
 
 def _upload(table: Tensor, device: torch.device) -> Tensor:
-    """A small table on the device, without waiting for it."""
-    return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
+    """A small table on the device; without waiting for it, but while a stream is recorded, which must not have it."""
+    if device.type != "cuda":
+        return table.to(device)
+    if not torch.cuda.is_current_stream_capturing():
+        return table.pin_memory().to(device, non_blocking=True)
+    with torch.cuda.stream(torch.cuda.Stream(device, priority=-1)):  # never the one that is recorded
+        return table.to(device)
 
 
 @cache

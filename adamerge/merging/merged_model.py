@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from adamerge.bank import ParameterBank
+from adamerge.bank.streaming import lie_on
 from adamerge.errors import ConfigError, KeyMismatchError, shortlist
 from adamerge.merging.merge import Contraction, check_coefficients, contract, merge_into
 from adamerge.merging.partition import Partition
@@ -46,6 +47,7 @@ class MergedModel:
         self.bank = bank
         self.partition = partition
         self._call = functional_call
+        self._compiled = compiled is not None
         if compiled is not None:
             if compiled not in _MODES:
                 raise ConfigError(f"model.compile: expected null or one of {', '.join(_MODES)}, found '{compiled}'.")
@@ -104,6 +106,12 @@ class MergedModel:
         if self._contraction is not None and leaf.grad is not None:
             self._contraction.add(key, leaf.grad)
             leaf.grad = None
+
+    @property
+    def recordable(self) -> bool:
+        """Whether all of a step's work is launched by torch itself, on memory that stays where it is."""
+        device = next(iter(self.bank.pretrained.values())).device
+        return not self._compiled and lie_on(device, self.bank.task_vectors, self.bank.pretrained)
 
     def weights(self) -> dict[str, Tensor]:
         """The merged tensors, detached."""

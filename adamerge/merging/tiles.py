@@ -6,7 +6,7 @@ row, a row. Tables of tiles depend on the partition and on the tensors' names an
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,10 +35,14 @@ class Tiles:
         table: (T, ``TILE_FIELDS``), int64.
         levels: How T sums become one per group, ``WIDTH`` at a time. Per level the bounds of R runs of neighbours
             (R + 1) and the place of each run's sum (R): in the next level, and in the last one the group. int64.
+        recent: Tables of addresses of recent launches, by what they hold; ``fused`` keeps them here.
+        recorded: Those that a recorded launch reads, for as long as there are these tiles.
     """
 
     table: Tensor
     levels: tuple[tuple[Tensor, Tensor], ...]
+    recent: dict[tuple, Tensor] = field(default_factory=dict)
+    recorded: dict[tuple, Tensor] = field(default_factory=dict)
 
     @property
     def count(self) -> int:

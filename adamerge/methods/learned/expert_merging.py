@@ -58,7 +58,7 @@ class ExpertMerging(Learner):
         init = column(self.init)
         return partition, Coefficients(bank.num_tasks, partition.num_groups, init=init, constraint=self.constraint)
 
-    def penalty(self, coefficients: Tensor) -> Tensor | None:
+    def penalty(self, coefficients: Tensor, raw: Tensor) -> Tensor | None:
         if self.anchor == 0:
             return None
         init = column(self.init).to(coefficients) if isinstance(self.init, Sequence) else self.init

@@ -60,8 +60,13 @@ class Learner(ABC):
         """
         return {}
 
-    def penalty(self, coefficients: Tensor) -> Tensor | None:
-        """A scalar of λ (K, G) that is added to the loss of a step."""
+    def penalty(self, coefficients: Tensor, raw: Tensor) -> Tensor | None:
+        """A scalar that is added to the loss of a step.
+
+        Args:
+            coefficients: λ, (K, G).
+            raw: The parameter that λ is a function of.
+        """
         return None
 
     @property

@@ -83,6 +83,32 @@ def test_heatmap_of_many_groups_labels_blocks_only(drawn, tmp_path, granularity)
     assert 900 < height < 1500
 
 
+@pytest.mark.parametrize(("num_groups", "reduced"), [(1000, False), (1001, True)])
+def test_heatmap_of_very_many_groups_shows_the_mean_over_each_tensor(drawn, tmp_path, num_groups, reduced):
+    shapes = {"visual.proj": (num_groups - 11, 1), "visual.conv1.weight": (8, 1), "visual.ln_post.weight": (3, 1)}
+    partition = Partition.build("row", shapes)
+    assert partition.num_groups == num_groups
+    coefficients = torch.rand(2, num_groups, generator=torch.manual_seed(0))
+    coefficients_heatmap(coefficients, partition.groups, ["a", "b"], tmp_path / "λ.png")
+    axes = drawn[0].axes[0]
+    image = torch.tensor(axes.images[0].get_array().data)
+    assert ("mean over each tensor's groups" in axes.get_title()) is reduced
+    if not reduced:
+        assert image.shape == (2, num_groups)
+        return
+    proj, conv, norm = coefficients.split([num_groups - 11, 8, 3], dim=1)
+    torch.testing.assert_close(image, torch.stack([conv.mean(1), proj.mean(1), norm.mean(1)], dim=1))
+    assert labels(axes.get_xticklabels()) == ["conv1.weight", "proj", "ln_post.weight"]
+
+
+def test_tensor_means_are_of_groups_wherever_they_stand():
+    names = ["b[0]", "a", "b[10]", "c[0]", "b[1]"]
+    coefficients = torch.tensor([[1.0, 5.0, 2.0, 7.0, 6.0], [0.0, -1.0, 3.0, 0.5, 0.0]], requires_grad=True)
+    means, tensors = figures._tensor_means(coefficients, names)
+    assert tensors == ["b", "a", "c"]
+    assert means.tolist() == [[3, 5, 7], [1, -1, 0.5]]
+
+
 def test_heatmap_of_blocks_and_of_tasks_shows_the_numbers(drawn, tmp_path):
     coefficients, _, figure = heatmap(drawn, tmp_path, "block")
     axes = figure.axes[0]

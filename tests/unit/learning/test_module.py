@@ -137,6 +137,7 @@ def fit(
     check_every: int = 10,
     data: TaskImages | None = None,
     precision: str = "32-true",
+    accelerator: str = "cpu",
     error: type[Exception] | None = None,
 ) -> Run:
     partition = Partition.build(granularity, setting.bank.shapes)
@@ -152,7 +153,12 @@ def fit(
         check_every=check_every,
     )
     trainer = make_trainer(
-        max_steps=steps, limit_train_batches=steps, logger=False, enable_checkpointing=False, precision=precision
+        max_steps=steps,
+        limit_train_batches=steps,
+        logger=False,
+        enable_checkpointing=False,
+        precision=precision,
+        accelerator=accelerator,
     )
     run = Run(learner, trainer, encoder, coefficients.raw.detach().clone())
     if error is None:
@@ -184,6 +190,19 @@ def test_coefficients_after_20_steps_equal_the_reference(setting: Setting, granu
     assert (expected - 0.3).abs().max() > 0.01
     torch.testing.assert_close(run.raw, expected, rtol=1e-5, atol=0)
     assert run.encoder.calls == 20 * (1 if fuse_tasks else len(TASKS))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fuse_tasks", [True, False], ids=["fused", "one after another"])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "random(3)"])
+def test_a_gpu_learns_what_the_cpu_learns_from_a_recorded_step(
+    setting: Setting, granularity: str, fuse_tasks: bool
+) -> None:
+    here = fit(setting, 20, granularity=granularity, fuse_tasks=fuse_tasks)
+    there = fit(setting, 20, granularity=granularity, fuse_tasks=fuse_tasks, accelerator="gpu")
+    torch.testing.assert_close(there.raw.cpu(), here.raw, rtol=0, atol=2e-4)  # a hundredth of what 20 steps move
+    torch.testing.assert_close(there.learner.losses.cpu(), here.learner.losses, rtol=1e-4, atol=1e-5)
+    assert there.encoder.calls == 3 * (1 if fuse_tasks else len(TASKS))
 
 
 def test_losses_are_the_references_and_history_is_of_the_coefficients_before_each_step(setting: Setting) -> None:

@@ -84,7 +84,7 @@ def test_aligned_tiles_are_read_in_as_wide_words_as_there_are(stored: str) -> No
         constants = {
             "STORED": triton_kernels.STORED[DTYPES[stored]],
             "SCALED": stored == "int8",
-            "UNROLL": 8,
+            "UNROLL": fused._AT_ONCE,
             "BLOCK": 1024,
         }
         source = compiler.ASTSource(
@@ -95,7 +95,7 @@ def test_aligned_tiles_are_read_in_as_wide_words_as_there_are(stored: str) -> No
         loads = re.findall(r"ld\.global\.([.\w]+)", made.asm["ptx"])
         words = 2 if stored == "int8" else 4
         wide = [load for load in loads if load == f"v{words}.b32"]
-        assert len(wide) >= 8 * (2 if stored == "float32" else 1)
+        assert len(wide) >= fused._AT_ONCE * (2 if stored == "float32" else 1)
 
 
 def test_importing_the_package_does_not_import_triton() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adamerge.models.layers import Linear, SelfAttention, attention, use_lean_layers
+from adamerge.models.layers import Linear, Patches, SelfAttention, attention, use_lean_layers
 
 
 def both(build: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
@@ -41,6 +41,23 @@ def test_a_linear_layer(bias: bool, shape: tuple[int, ...], dtype: torch.dtype) 
     call = lambda module, x: module(x)  # noqa: E731
     for found, expected in zip(gradients(lean, images, call), gradients(own, images, call), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [(12, 12), (8, 16), (9, 13)], ids=["square", "wide", "with a rest"])
+def test_patches(bias: bool, size: tuple[int, int]) -> None:
+    own, lean = both(lambda: nn.Sequential(nn.Conv2d(3, 10, 4, stride=4, bias=bias)))
+    assert type(lean[0]) is Patches
+    images = torch.randn(2, *size, 3).permute(0, 3, 1, 2)
+    call = lambda module, x: module(x)  # noqa: E731
+    for found, expected in zip(gradients(lean, images, call), gradients(own, images, call), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"stride": 2}, {"stride": 4, "padding": 1}, {"stride": 4, "dilation": 2}])
+def test_other_convolutions_stay_torchs(options: dict[str, int]) -> None:
+    _, lean = both(lambda: nn.Sequential(nn.Conv2d(3, 10, 4, **options)))
+    assert type(lean[0]) is nn.Conv2d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
