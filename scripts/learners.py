@@ -114,7 +114,7 @@ def table(record: dict[str, dict[str, list[dict]]], suites: list[str], names: di
         labels = "yes" if every[0]["labels"] else "no"
         peak = max(run["peak_MiB"] for run in every)
         lines.append(f"| {title} | {labels} | {counts} | {' | '.join(cells)} | {peak:,.0f} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def write_readme(record: dict, suites: list[str]) -> None:

@@ -10,7 +10,7 @@ import hydra.utils
 import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from unit.zoo import Zoo, make_zoo
 
@@ -79,11 +79,15 @@ class Case:
 
 @cache
 def compose(name: str, *overrides: str) -> Case:
+    return Case(name, compose_unanswered(name, *GIVEN.get(name, []), *overrides))
+
+
+def compose_unanswered(name: str, *overrides: str) -> DictConfig:
+    """Without the options that the method must be given."""
     before = HydraConfig.instance().cfg
-    given = [*GIVEN.get(name, []), *overrides]
-    config, _ = compose_config("train", [f"method={name}", "suite=folder", "suite.root=x", *given])
+    config, _ = compose_config("train", [f"method={name}", "suite=folder", "suite.root=x", *overrides])
     HydraConfig.instance().cfg = before
-    return Case(name, config)
+    return config
 
 
 LEARNERS = [name for name in METHODS if compose(name).learns]
@@ -130,6 +134,13 @@ def test_its_file_is_described(case: Case, capsys: pytest.CaptureFixture[str]) -
     assert len(description) > 10
     commands.list_methods([])
     assert f"{case.name}  {description}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_asks_for_what_it_must_be_given(name: str) -> None:
+    """A default that it inherits would hide that it asks."""
+    config = compose_unanswered(name)
+    assert OmegaConf.missing_keys(config) == {option.partition("=")[0] for option in GIVEN.get(name, [])}
 
 
 def test_composes_and_instantiates(case: Case) -> None:
