@@ -49,9 +49,13 @@ def test_the_checkouts_folder_is_found() -> None:
     assert config_dir().is_absolute()
 
 
-def test_every_yaml_file_is_an_option_or_a_command() -> None:
+def test_every_yaml_file_is_an_option_a_command_or_what_options_share() -> None:
     files = {str(file.relative_to(config_dir()).with_suffix("")) for file in config_dir().rglob("*.yaml")}
-    assert files == {"train", "evaluate", "finetune"} | {f"{group}/{name}" for group, name in groups()}
+    shared = {str(file.relative_to(config_dir()).with_suffix("")) for file in config_dir().glob("*/base/*.yaml")}
+    assert files == {"train", "evaluate", "finetune"} | {f"{group}/{name}" for group, name in groups()} | shared
+    for part in shared:
+        group, name = part.split("/", 1)
+        assert any(f"  - {name}\n" in file.read_text() for file in (config_dir() / group).glob("*.yaml")), part
 
 
 def test_options_are_listed_with_their_first_comment() -> None:
