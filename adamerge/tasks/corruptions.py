@@ -25,11 +25,13 @@ def _contrast(image: Tensor, factor: float, random: torch.Generator) -> Tensor:
 
 
 def _pixelate(image: Tensor, factor: float, random: torch.Generator) -> Tensor:
-    from torch.nn.functional import interpolate
+    from PIL import Image
+    from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-    size = [max(1, int(side * factor)) for side in image.shape[1:]]
-    small = interpolate(image[None], size, mode="area")
-    return interpolate(small, image.shape[1:], mode="nearest")[0]
+    picture = to_pil_image((image * 255).round().to(torch.uint8))
+    size = [max(1, int(side * factor)) for side in picture.size]
+    box = Image.Resampling.BOX
+    return pil_to_tensor(picture.resize(size, box).resize(picture.size, box)).float() / 255
 
 
 def _jpeg(image: Tensor, quality: float, random: torch.Generator) -> Tensor:
@@ -62,8 +64,8 @@ class Corruption:
     Raises:
         ConfigError: If there is no such corruption or severity.
 
-    Differs: the original corrupts images of 224 x 224 before a network resizes them, and pixelates with a box filter
-    in both directions; here the area is averaged and the result repeated, in the size that the model reads.
+    Differs: the original corrupts images of 224 x 224 before a network resizes them; here it is done in the size that
+    the model reads.
 
     Source: Hendrycks and Dietterich, arXiv:1903.12261.
     """

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
-from itertools import count, zip_longest
+from itertools import chain, count, zip_longest
 from math import ceil
 from typing import Any, Literal
 
@@ -162,7 +162,7 @@ class TaskImages(pl.LightningDataModule):
     def drawn(self, task: str, steps: int) -> Tensor:
         """Indices of all images of a task in the first ``steps`` draws and those held out, ascending."""
         usable, seen = self._indices[task], torch.zeros(len(self._images[task]), dtype=torch.bool)
-        for step in (*HELD_OUT, *range(steps)):
+        for step in chain(HELD_OUT, range(steps)):
             seen[torch.cat(list(self.draw(task, step)))] = True
             if step % 16 == 0 and bool(seen[usable].all()):
                 break

@@ -69,7 +69,7 @@ def load_image_set(
     folder = Path(data)
     source = open_folder(folder, split, cache_dir) if folder.is_dir() else open_hub(data, split, cache_dir)
     identity = ["images-1", source.content, split, clip.preprocess_hash]
-    identity += [] if corruption is None else [corruption.name, str(corruption.severity)]
+    identity += [] if corruption is None else ["corrupted-2", corruption.name, str(corruption.severity)]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     files = _CacheFiles(cache_dir / "images", key)
     images, info = files.read() or _decode(source, clip, files, corruption)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unit.zoo import make_bank
 
 from adamerge.bank import ParameterBank
-from adamerge.errors import ConfigError, TrainingError
+from adamerge.errors import TrainingError
 from adamerge.learning.fit import Learned, UserInterruptError, learn
 from adamerge.learning.losses import TaskLosses, passes
 from adamerge.learning.module import CoefficientLearner
@@ -534,15 +534,3 @@ def test_the_result_is_the_mean_of_the_last_iterates(setting: Setting, average: 
     iterates = [fit(setting, steps).raw for steps in range(1, 5)]
     found = fit(setting, 4, schedule=Schedule(steps=4, decay="constant", average=average, patience=0)).raw
     torch.testing.assert_close(found, torch.stack(iterates[-counted:]).mean(0))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"decay": "step"}, r"schedule\.decay: expected one of constant, linear, cosine, hold, found 'step'"),
-        ({"average": 1.5}, r"schedule\.average lies in \[0, 1\], found 1\.5"),
-    ],
-)
-def test_a_schedule_that_is_none_is_refused(options: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Schedule(**({"steps": 4, "decay": "constant", "average": 0, "patience": 0} | options))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adamerge.errors import ConfigError, DataError
-from adamerge.tasks.datamodule import TaskImages, generator_for, split_indices
+from adamerge.tasks.datamodule import HELD_OUT, TaskImages, generator_for, split_indices
 
 SIZES = {"a": 100, "b": 40, "c": 90}
 
@@ -165,6 +165,49 @@ def test_counts_below_one_are_refused(option: str) -> None:
         make(**{option: 0})
 
 
+# What a run will have seen
+
+
+@given(
+    size=st.integers(1, 60),
+    usable=st.integers(1, 60),
+    images_per_batch=st.integers(1, 6),
+    batches_per_step=st.integers(1, 2),
+    steps=st.integers(0, 40),
+)
+def test_drawn_are_the_images_of_all_steps_and_of_the_draws_held_out(
+    size: int, usable: int, images_per_batch: int, batches_per_step: int, steps: int
+) -> None:
+    indices = {"t": torch.arange(size)[-usable:]}
+    module = make({"t": size}, indices=indices, images_per_batch=images_per_batch, batches_per_step=batches_per_step)
+    expected = {
+        index for step in [-4, -3, -2, -1, *range(steps)] for batch in drawn(module, "t", step) for index in batch
+    }
+    assert module.drawn("t", steps).tolist() == sorted(expected)
+
+
+def test_drawn_of_many_steps_stops_looking_once_it_has_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, asked = make({"a": 100}), []
+    draw = module.draw
+    monkeypatch.setattr(module, "draw", lambda task, step: asked.append(step) or draw(task, step))
+    assert module.drawn("a", 10**9).tolist() == list(range(100))
+    assert len(asked) < 100
+
+
+def test_the_draws_held_out_are_those_of_no_step() -> None:
+    module = make({"a": 100})
+    held_out = [str(drawn(module, "a", step)) for step in HELD_OUT]
+    assert all(step < 0 for step in HELD_OUT)
+    assert len(set(held_out)) == len(held_out) == 4
+    assert not set(held_out) & {str(drawn(module, "a", step)) for step in range(200)}
+    assert [len(batch) for batch in module.draw("a", -1)] == [16, 16]  # of the size of a step's
+
+
+@pytest.mark.parametrize(("per_batch", "batches", "expected"), [(16, 2, 4), (100, 1, 1), (101, 1, 1), (33, 1, 4)])
+def test_a_pass_takes_as_many_steps_as_the_largest_task_needs(per_batch: int, batches: int, expected: int) -> None:
+    assert make(images_per_batch=per_batch, batches_per_step=batches).steps_per_pass == expected
+
+
 # Under a Trainer
 
 
@@ -264,6 +307,34 @@ def test_a_fraction_of_a_hundred_is_a_percentage() -> None:
 
 def test_a_larger_fraction_keeps_what_a_smaller_one_kept() -> None:
     assert set(split(1000, fraction=0.01)[0]) < set(split(1000, fraction=0.05)[0])
+
+
+def test_images_per_task_keeps_as_many_at_most_and_scores_as_many_as_before() -> None:
+    full, score = split(100, adapt="half")
+    for limit, expected in ((1, 1), (7, 7), (50, 50), (1000, 50)):
+        learn, score_too = split(100, adapt="half", images_per_task=limit)
+        assert len(learn) == expected
+        assert set(learn) <= set(full)
+        assert learn == sorted(learn)
+        assert score_too == score
+
+
+def test_more_images_per_task_keep_what_fewer_kept() -> None:
+    few, more = (set(split(1000, images_per_task=limit)[0]) for limit in (10, 20))
+    assert few < more
+    assert max(more) > 500  # drawn from everywhere, not from the front
+
+
+def test_images_per_task_cuts_what_the_fraction_leaves() -> None:
+    assert len(split(100, fraction=0.05, images_per_task=10)[0]) == 5
+    assert len(split(100, fraction=0.5, images_per_task=10)[0]) == 10
+    assert set(split(100, fraction=0.5, images_per_task=10)[0]) == set(split(100, images_per_task=10)[0])
+
+
+@pytest.mark.parametrize("limit", [0, -3])
+def test_no_images_per_task_are_refused(limit: int) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.images_per_task is null or at least 1, found {limit}"):
+        split(10, images_per_task=limit)
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.5, 1.01])
