@@ -124,6 +124,13 @@ class ParameterBank:
             return replace(self, pretrained=pretrained, task_vectors=source.to(device))
         return replace(self, pretrained=pretrained, task_vectors={key: t.to(device) for key, t in source.items()})
 
+    def read_on(self, device: torch.device) -> "ParameterBank":
+        """The bank with θ₀ on ``device``, where every task vector goes when it is read; itself if it lies there."""
+        if all(tensor.device == device for tensor in self.pretrained.values()):
+            return self
+        placed = replace(self, pretrained={key: tensor.to(device) for key, tensor in self.pretrained.items()})
+        return placed.transformed(lambda key, task_vectors: task_vectors.to(device))
+
     def transformed(self, apply: ApplyTransform, *, in_place: bool = False) -> "ParameterBank":
         """The bank with transformed task vectors, computed tensor by tensor whenever one is read.
 

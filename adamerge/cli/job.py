@@ -21,13 +21,13 @@ from adamerge.cli.console import announce, conclude
 from adamerge.cli.learning import learn_coefficients
 from adamerge.cli.lightning import quiet
 from adamerge.cli.loading import load
+from adamerge.cli.merging import merge_static
 from adamerge.errors import OutputError
-from adamerge.evaluation.evaluator import Accuracies, Evaluator, mean_normalized
+from adamerge.evaluation.evaluator import Accuracies, Evaluator
 from adamerge.evaluation.report import Results, TaskResult, peak_memory_bytes
 from adamerge.export.coefficients import SavedCoefficients
 from adamerge.export.run import export_run
 from adamerge.files import write_text
-from adamerge.methods import StaticMethod
 from adamerge.methods.static import Individual, TaskArithmetic
 from adamerge.tasks.problem import Problem
 
@@ -98,7 +98,7 @@ class Job:
                     method, problem, config, self.run_dir, self.method_name, evaluator
                 )
             else:
-                merged = self._merge(method, problem, evaluator)
+                merged = merge_static(method, problem, evaluator, self.console, config.seed)
         if rank_zero_only.rank != 0:
             return None
         with self._phase("evaluate"), self.console.status("scoring the merged model"):
@@ -136,30 +136,12 @@ class Job:
 
     def _references(self, problem: Problem, evaluator: Evaluator) -> tuple[Accuracies, Accuracies, Accuracies]:
         """Pretrained, Task Arithmetic at 0.3 and experts; by content, so that a sweep pays once."""
-        arithmetic = TaskArithmetic(scaling=REFERENCE_SCALING, grid=())(problem.bank)
+        arithmetic = TaskArithmetic(scaling=REFERENCE_SCALING, grid=(), transform=None)(problem.bank)
         return (
             evaluator(problem.bank.pretrained, cached=True),
             evaluator(arithmetic, cached=True),
             evaluator.experts(),
         )
-
-    def _merge(self, method: StaticMethod, problem: Problem, evaluator: Evaluator) -> dict[str, Tensor]:
-        candidates = method.candidates()
-        if len(candidates) == 1:
-            return candidates[0](problem.bank)
-        labelled = problem.labelled()
-        own = evaluator.experts(images=labelled)
-        scores = []
-        for candidate in candidates:
-            scores.append(mean_normalized(evaluator(candidate(problem.bank), images=labelled), own))
-            self.console.print(
-                f"{candidate}: normalised accuracy {scores[-1]:.4f} on the labelled split",
-                soft_wrap=True,
-                highlight=False,
-            )
-        best = candidates[scores.index(max(scores))]
-        self.console.print(f"chosen: {best}", soft_wrap=True, highlight=False)
-        return best(problem.bank)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -235,16 +235,16 @@ def _selection(
         left = every_row[~torch.isin(every_row, seen)]
         rows[task] = left if len(left) else every_row
     known = {"tasks": tasks, "images": images, "rows": rows}
-    pretrained = _accuracies(evaluator(problem.bank.pretrained, cached=True, **known))
-    experts = _accuracies(evaluator.experts(**known))
+    pretrained = known_accuracies(evaluator(problem.bank.pretrained, cached=True, **known))
+    experts = known_accuracies(evaluator.experts(**known))
     return Selection(
         every,
-        score=lambda model: _accuracies(evaluator(model.weights(), **known)),
+        score=lambda model: known_accuracies(evaluator(model.weights(), **known)),
         merit=lambda merged: method.merit(merged, pretrained, experts),
     )
 
 
-def _accuracies(found: Accuracies) -> dict[str, float]:
+def known_accuracies(found: Accuracies) -> dict[str, float]:
     """Of images that all have labels."""
     return {task: accuracy for task, accuracy in found.items() if accuracy is not None}
 

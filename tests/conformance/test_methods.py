@@ -1,6 +1,6 @@
 """What every method of conf/method promises; a method that is listed there is tested here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -18,9 +18,11 @@ from adamerge.bank import ParameterBank
 from adamerge.cli import commands
 from adamerge.cli.config import check_complete, compose_config, config_dir, options
 from adamerge.merging import MergedModel, merge
+from adamerge.methods import Context, StaticMethod
 from adamerge.methods.static import Individual
 from adamerge.models.hidden import HiddenStates
 from adamerge.objectives import Objective, Outputs, Target
+from adamerge.statistics import Expert
 
 METHODS = sorted(file.stem for file in (config_dir() / "method").glob("*.yaml"))
 
@@ -66,7 +68,7 @@ class Case:
         if isinstance(method, Individual):
             return [method(bank, task) for task in bank.task_names]
         if not self.learns:
-            return [candidate(bank) for candidate in method.candidates()]
+            return [merged for _, merged in method.candidates(bank, context_of(method, bank))]
         seen = self.transformed(bank)
         partition, coefficients = method.prepare(seen)
         with torch.no_grad():
@@ -75,6 +77,28 @@ class Case:
     def transformed(self, bank: ParameterBank) -> ParameterBank:
         transform = self.method.transform
         return bank.transformed(transform.fit(bank)) if transform else bank
+
+
+def context_of(method: StaticMethod, bank: ParameterBank) -> Context:
+    """What the method asks to know about the experts, from the zoo's images of tasks by their numbers."""
+    zoo = make_zoo(next(iter(bank.pretrained.values())).dtype, num_tasks=3)
+
+    def gathered(replaced: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        of_tasks = []
+        for task in bank.task_names:
+            number = int(task.removeprefix("task")) if task.startswith("task") else 0
+            network = deepcopy(zoo.network)
+            network.load_state_dict({**bank.expert(task), **(replaced or {})})
+            images, head = torch.cat(zoo.batches[0][number]), zoo.heads[number]
+            labels = torch.arange(len(images)) % len(head)
+            of_tasks.append(
+                method.statistic(
+                    Expert(task, network, head, images, labels, tuple(bank.pretrained), head.device, "32-true", 4)
+                )
+            )
+        return {name: torch.stack([found[name] for found in of_tasks]) for name in of_tasks[0]}
+
+    return Context(gathered(), gathered) if method.statistic else Context()
 
 
 @cache
@@ -150,16 +174,17 @@ def test_composes_and_instantiates(case: Case) -> None:
         assert method.coefficients is None
         assert method.transform is None or method.transform.to_json()["name"]
     elif case.name != "individual":
-        assert len(method.candidates()) == 1
+        assert method.statistic is None or method.statistic.to_json()["name"]
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if "scaling" in compose(name).config.method])
 def test_a_search_offers_every_scaling_of_the_grid(name: str, zoo: Zoo) -> None:
     case = compose(name, "method.scaling=search")
-    candidates = case.method.candidates()
-    assert [candidate.scaling for candidate in candidates] == list(case.config.method.grid)
-    fixed = compose(name, f"method.scaling={candidates[1].scaling}").method
-    assert_weights(candidates[1](zoo.bank), fixed(zoo.bank), rtol=0, atol=0)
+    candidates = list(case.method.candidates(zoo.bank))
+    assert [candidate.scaling for candidate, _ in candidates] == list(case.config.method.grid)
+    chosen, merged = candidates[1]
+    fixed = compose(name, f"method.scaling={chosen.scaling}").method
+    assert_weights(merged, fixed(zoo.bank), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -23,6 +23,7 @@ FLOORS = {
     "methods": 4,
     "tasks": 5,
     "learning": 5,
+    "statistics": 5,
     "evaluation": 6,
     "export": 6,
     "cli": 7,

@@ -10,7 +10,7 @@ from torch import Tensor
 from adamerge.bank import ParameterBank
 from adamerge.errors import ConfigError
 from adamerge.merging import Coefficients, Partition
-from adamerge.methods.protocol import Transform
+from adamerge.methods.protocol import Transform, mean_normalized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class Learner(ABC):
             pretrained: Of the pretrained model on the same.
             experts: Of each task's expert on the same.
         """
-        return sum(accuracy / experts[task] for task, accuracy in merged.items() if experts[task]) / len(merged)
+        return mean_normalized(merged, experts)
 
 
 def column(init: float | Sequence[float]) -> Tensor:

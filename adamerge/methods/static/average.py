@@ -1,24 +1,24 @@
 """Simple averaging of experts."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 from torch import Tensor
 
 from adamerge.bank import ParameterBank
-from adamerge.methods.static.task_arithmetic import TaskArithmetic
+from adamerge.methods.protocol import Context
+from adamerge.methods.static.scaling import MergeVectors, Scaled
 
 
-@dataclass(frozen=True)
-class Average:
-    """(1/K) Σ_k θ_k, which is Task Arithmetic at λ = 1/K.
+@dataclass(frozen=True, kw_only=True)
+class Average(Scaled):
+    """θ₀ + scaling · (1/K) Σ_k τ_k; with a scaling of 1 the mean of the experts.
 
     Source: Model soups, arXiv:2203.05482.
     """
 
-    def __call__(self, bank: ParameterBank) -> dict[str, Tensor]:
-        return TaskArithmetic(scaling=1 / bank.num_tasks, grid=())(bank)
+    def fit(self, bank: ParameterBank, context: Context) -> MergeVectors:
+        return _mean
 
-    def candidates(self) -> Sequence[Self]:
-        return [self]
+
+def _mean(key: str, task_vectors: Tensor) -> Tensor:
+    return task_vectors.mean(0)

@@ -1,19 +1,29 @@
-"""One scaling of a merged vector, given or searched for."""
+"""One scaling of a merged vector, given or searched for: what static merges have in common."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
+import torch
+from torch import Tensor
+
+from adamerge.bank import ParameterBank
 from adamerge.errors import ConfigError
+from adamerge.methods.protocol import NOTHING, Context, Statistic, Transform, mean_normalized
+
+MergeVectors = Callable[[str, Tensor], Tensor]
+"""``(key, task vectors (K, *shape)) → merged vector (*shape)``, in float32 or wider."""
 
 
-@dataclass(frozen=True)
-class Scaled:
-    """Base of the methods that add ``scaling`` times a merged vector to θ₀.
+@dataclass(frozen=True, kw_only=True)
+class Scaled(ABC):
+    """θ₀ + scaling · merged vector, tensor by tensor.
 
     Args:
         scaling: The factor, or ``search``: the best of ``grid`` by mean normalised accuracy on the labelled split.
         grid: Factors to search.
+        transform: Applied to the task vectors first.
 
     Raises:
         ConfigError: If ``scaling`` is another word, or a search has no grid.
@@ -21,6 +31,7 @@ class Scaled:
 
     scaling: float | Literal["search"]
     grid: Sequence[float]
+    transform: Transform | None
 
     def __post_init__(self) -> None:
         if isinstance(self.scaling, str) and self.scaling != "search":
@@ -28,16 +39,49 @@ class Scaled:
         if self.scaling == "search" and not self.grid:
             raise ConfigError("scaling=search needs at least one factor in method.grid.")
 
-    def candidates(self) -> Sequence[Self]:
-        return [replace(self, scaling=factor) for factor in self.grid] if self.scaling == "search" else [self]
-
     @property
-    def factor(self) -> float:
-        """The scaling as a number.
+    def statistic(self) -> Statistic | None:
+        return None
 
-        Raises:
-            ConfigError: If it has not been searched for yet.
+    @abstractmethod
+    def fit(self, bank: ParameterBank, context: Context) -> MergeVectors:
+        """Gather what is needed over the whole bank; return how one tensor's task vectors become one vector.
+
+        Args:
+            bank: Its task vectors are transformed already, and each is computed or read when asked for: ask once.
+            context: Statistics and progress.
         """
+
+    @torch.no_grad()
+    def vector(self, bank: ParameterBank, context: Context) -> dict[str, Tensor]:
+        """The merged vector by key, before scaling, in the dtypes of θ₀."""
+        seen = bank.transformed(self.transform.fit(bank)) if self.transform else bank
+        merge = self.fit(seen, context)
+        found = {}
+        for key in context.track(list(bank.pretrained)):
+            task_vectors, dtype = seen.task_vectors[key], bank.pretrained[key].dtype
+            wide = task_vectors.float() if task_vectors.dtype.itemsize < 4 else task_vectors
+            found[key] = merge(key, wide).to(dtype)
+        return found
+
+    def __call__(self, bank: ParameterBank, context: Context = NOTHING) -> dict[str, Tensor]:
         if isinstance(self.scaling, str):
             raise ConfigError("the scaling has not been searched for yet. Choose one of candidates() first.")
-        return self.scaling
+        return _add(bank, self.vector(bank, context), self.scaling)
+
+    def candidates(self, bank: ParameterBank, context: Context = NOTHING) -> Iterator[tuple[Self, dict[str, Tensor]]]:
+        if self.scaling != "search":
+            yield self, self(bank, context)
+            return
+        vector = self.vector(bank, context)
+        for factor in self.grid:
+            yield replace(self, scaling=factor), _add(bank, vector, factor)
+
+    def merit(
+        self, merged: Mapping[str, float], pretrained: Mapping[str, float], experts: Mapping[str, float]
+    ) -> float | None:
+        return mean_normalized(merged, experts)
+
+
+def _add(bank: ParameterBank, vector: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    return {key: base.add(vector[key], alpha=scaling) for key, base in bank.pretrained.items()}

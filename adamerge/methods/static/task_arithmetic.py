@@ -2,23 +2,23 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from adamerge.bank import ParameterBank
-from adamerge.merging import Partition, merge
-from adamerge.methods.static.scaling import Scaled
+from adamerge.methods.protocol import Context
+from adamerge.methods.static.scaling import MergeVectors, Scaled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskArithmetic(Scaled):
-    """θ₀ + λ Σ_k τ_k.
+    """θ₀ + scaling · Σ_k τ_k.
 
-    Source: Task Arithmetic, arXiv:2212.04089; λ = 0.3 is the field's convention for eight tasks.
+    Source: Task Arithmetic, arXiv:2212.04089; a scaling of 0.3 is the field's convention for eight tasks.
     """
 
-    def __call__(self, bank: ParameterBank) -> dict[str, Tensor]:
-        partition = Partition.build("task", bank.shapes)
-        reference = next(iter(bank.pretrained.values()))
-        coefficients = torch.full((bank.num_tasks, 1), self.factor, dtype=reference.dtype, device=reference.device)
-        return merge(bank, coefficients, partition)
+    def fit(self, bank: ParameterBank, context: Context) -> MergeVectors:
+        return _sum
+
+
+def _sum(key: str, task_vectors: Tensor) -> Tensor:
+    return task_vectors.sum(0)

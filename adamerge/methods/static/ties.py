@@ -7,20 +7,21 @@ from torch import Tensor
 
 from adamerge.bank import ParameterBank
 from adamerge.errors import ConfigError
-from adamerge.methods.static.scaling import Scaled
+from adamerge.methods.protocol import Context
+from adamerge.methods.static.scaling import MergeVectors, Scaled
 from adamerge.methods.transforms.ties import Ties
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TiesMerging(Scaled):
-    """θ₀ + λ · aggregate of the trimmed task vectors that agree with the elected sign.
+    """θ₀ + scaling · aggregate of the trimmed task vectors that agree with the elected sign.
 
     Args:
         density: Fraction of each task vector kept, over all mergeable tensors together.
         aggregation: ``sum``, ``mean`` (over the agreeing entries that are not zero) or ``max`` (largest magnitude).
 
-    Differs: the original aggregates by ``mean`` with a searched λ near 1; AdaMerging and FusionBench, whose tables
-    people compare with, by ``sum`` with λ = 0.3. ``sum`` and ``mean`` differ by up to K times, so λ
+    Differs: the original aggregates by ``mean`` with a searched scaling near 1; AdaMerging and FusionBench, whose
+    tables people compare with, by ``sum`` with a scaling of 0.3. ``sum`` and ``mean`` differ by up to K times, so it
     does not carry over.
 
     Raises:
@@ -37,12 +38,9 @@ class TiesMerging(Scaled):
         if self.aggregation not in ("sum", "mean", "max"):
             raise ConfigError(f"unknown aggregation '{self.aggregation}'. Choose sum, mean or max.")
 
-    def __call__(self, bank: ParameterBank) -> dict[str, Tensor]:
-        elected = bank.transformed(Ties(self.density).fit(bank))
-        return {
-            key: base.add(self._aggregate(elected.task_vectors[key]), alpha=self.factor)
-            for key, base in bank.pretrained.items()
-        }
+    def fit(self, bank: ParameterBank, context: Context) -> MergeVectors:
+        elect = Ties(self.density).fit(bank)
+        return lambda key, task_vectors: self._aggregate(elect(key, task_vectors))
 
     def _aggregate(self, task_vectors: Tensor) -> Tensor:
         """(K, *shape) → (*shape)."""

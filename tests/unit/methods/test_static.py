@@ -14,6 +14,14 @@ from adamerge.methods.static import Average, Individual, Pretrained, TaskArithme
 KEY = "visual.proj"
 
 
+def arithmetic(scaling: float) -> TaskArithmetic:
+    return TaskArithmetic(scaling=scaling, grid=(), transform=None)
+
+
+def average() -> Average:
+    return Average(scaling=1, grid=(), transform=None)
+
+
 @pytest.fixture
 def bank(make_bank: Callable[..., ParameterBank]) -> ParameterBank:
     return make_bank(
@@ -27,24 +35,23 @@ def assert_equals(found: dict[str, Tensor], expected: tuple) -> None:
 
 
 def test_average(bank: ParameterBank) -> None:
-    assert_equals(Average()(bank), literals.AVERAGE)
-    assert Average().candidates() == [Average()]
+    assert_equals(average()(bank), literals.AVERAGE)
 
 
 def test_average_of_equal_experts_is_that_expert(make_bank: Callable[..., ParameterBank]) -> None:
     expert = {KEY: torch.tensor(literals.EXPERTS[0])}
-    assert_equals(Average()(make_bank({KEY: torch.tensor(literals.PRETRAINED)}, [expert] * 3)), literals.EXPERTS[0])
+    assert_equals(average()(make_bank({KEY: torch.tensor(literals.PRETRAINED)}, [expert] * 3)), literals.EXPERTS[0])
 
 
 def test_task_arithmetic(bank: ParameterBank) -> None:
-    assert_equals(TaskArithmetic(scaling=0.3, grid=())(bank), literals.TASK_ARITHMETIC)
-    assert_equals(TaskArithmetic(scaling=0, grid=())(bank), literals.PRETRAINED)
+    assert_equals(arithmetic(0.3)(bank), literals.TASK_ARITHMETIC)
+    assert_equals(arithmetic(0)(bank), literals.PRETRAINED)
 
 
 def test_a_negative_scaling_forgets(make_bank: Callable[..., ParameterBank]) -> None:
     # θ₀ - τ₁ = 2 θ₀ - θ₁
     single = make_bank({KEY: torch.tensor(literals.PRETRAINED)}, [{KEY: torch.tensor(literals.EXPERTS[0])}])
-    assert_equals(TaskArithmetic(scaling=-1, grid=())(single), ((0.0, 2.0), (5.0, 4.0)))
+    assert_equals(arithmetic(-1)(single), ((0.0, 2.0), (5.0, 4.0)))
 
 
 def test_task_arithmetic_computes_in_the_banks_dtype(make_bank: Callable[..., ParameterBank]) -> None:
@@ -54,7 +61,7 @@ def test_task_arithmetic_computes_in_the_banks_dtype(make_bank: Callable[..., Pa
         dtype=torch.float64,
     )
     expected = torch.tensor(literals.TASK_ARITHMETIC, dtype=torch.float64)
-    torch.testing.assert_close(TaskArithmetic(scaling=0.3, grid=())(wide)[KEY], expected, rtol=1e-15, atol=0)
+    torch.testing.assert_close(arithmetic(0.3)(wide)[KEY], expected, rtol=1e-15, atol=0)
 
 
 def test_pretrained_and_individual(bank: ParameterBank) -> None:
@@ -66,26 +73,25 @@ def test_pretrained_and_individual(bank: ParameterBank) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda **options: TaskArithmetic(**options),
-        lambda **options: TiesMerging(density=0.2, aggregation="sum", **options),
+        lambda **options: TaskArithmetic(transform=None, **options),
+        lambda **options: TiesMerging(density=0.2, aggregation="sum", transform=None, **options),
     ],
     ids=["task_arithmetic", "ties"],
 )
 class TestScaling:
     """What the methods with one scaling share."""
 
-    def test_a_number_leaves_nothing_to_choose(self, make: Callable[..., TaskArithmetic]) -> None:
+    def test_a_number_leaves_nothing_to_choose(self, make: Callable[..., TaskArithmetic], bank: ParameterBank) -> None:
         method = make(scaling=0.3, grid=(0.1, 0.2))
-        assert method.candidates() == [method]
-        assert method.factor == 0.3
+        assert [candidate for candidate, _ in method.candidates(bank)] == [method]
 
     def test_a_search_offers_the_grid_in_order(self, make: Callable[..., TaskArithmetic], bank: ParameterBank) -> None:
         grid = (0.5, 0.1, 1.0)
-        candidates = make(scaling="search", grid=grid).candidates()
-        assert candidates == [make(scaling=factor, grid=grid) for factor in grid]
-        for candidate, factor in zip(candidates, grid, strict=True):
+        candidates = list(make(scaling="search", grid=grid).candidates(bank))
+        assert [candidate for candidate, _ in candidates] == [make(scaling=factor, grid=grid) for factor in grid]
+        for (_, merged), factor in zip(candidates, grid, strict=True):
             fixed = make(scaling=factor, grid=())
-            torch.testing.assert_close(candidate(bank), fixed(bank), rtol=0, atol=0)
+            torch.testing.assert_close(merged, fixed(bank), rtol=0, atol=0)
 
     def test_a_search_is_not_a_merge(self, make: Callable[..., TaskArithmetic], bank: ParameterBank) -> None:
         with pytest.raises(ConfigError, match="not been searched for yet"):

@@ -50,7 +50,7 @@ def survivors(bank: ParameterBank, density: float) -> np.ndarray:
 
 
 def merged(bank: ParameterBank, density: float, how: str, scaling: float = 1.0) -> np.ndarray:
-    weights = TiesMerging(scaling=scaling, grid=(), density=density, aggregation=how)(bank)
+    weights = TiesMerging(scaling=scaling, grid=(), transform=None, density=density, aggregation=how)(bank)
     return flat({key: tensor[None] for key, tensor in weights.items()})[0]
 
 
@@ -242,7 +242,7 @@ def test_a_density_out_of_range_is_refused(density: float) -> None:
 
 def test_an_unknown_aggregation_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"unknown aggregation 'median'\. Choose sum, mean or max"):
-        TiesMerging(scaling=0.3, grid=(), density=0.2, aggregation="median")
+        TiesMerging(scaling=0.3, grid=(), transform=None, density=0.2, aggregation="median")
 
 
 def test_its_record_names_it_and_its_options() -> None:
