@@ -3,7 +3,7 @@
 check: lint types test
 
 test:
-	uv run pytest
+	uv run pytest -n auto
 
 lint:
 	uv run ruff check .

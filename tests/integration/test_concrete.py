@@ -223,7 +223,7 @@ def kill_after(checkpoint: Path, process: subprocess.Popen) -> int:
 def test_killed_in_either_phase_it_resumes_to_the_same_result(
     toy: Path, tmp_path: Path, environment: dict[str, str], adamerge: Run
 ) -> None:
-    steps = 400
+    steps = 150
     options = [METHOD, f"trainer.max_steps={steps}", "method.mask_lr=0.01", "export.figures=false"]
     adamerge(*options, *on(toy, tmp_path / "unbroken"))
     folder = tmp_path / "broken"
@@ -244,7 +244,7 @@ def test_a_new_run_in_an_old_folder_starts_anew(
     toy: Path, tmp_path: Path, environment: dict[str, str], adamerge: Run
 ) -> None:
     """λ that another run had learned there is not resumed from."""
-    options = [METHOD, "trainer.max_steps=300", "export.figures=false", "export.checkpoint=false"]
+    options = [METHOD, "trainer.max_steps=150", "export.figures=false", "export.checkpoint=false"]
     adamerge(METHOD, "trainer.max_steps=20", "seed=1", *on(toy, tmp_path))
     (tmp_path / "checkpoints" / "mask.ckpt").unlink()
     process = start(environment, *options, *on(toy, tmp_path))

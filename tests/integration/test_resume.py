@@ -117,6 +117,23 @@ def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_resume(
     assert torch.equal(load_file(folder / "coefficients.safetensors")["coefficients"], unbroken)
 
 
+def test_killed_in_its_second_stage_it_resumes_there(
+    toy: Path, tmp_path: Path, environment: dict[str, str], adamerge: Run
+) -> None:
+    options = ["method=expert_merging_pp", "trainer.max_steps=100", "export.figures=false"]
+    adamerge(*options, *on(toy, tmp_path / "unbroken"))
+    folder = tmp_path / "broken"
+    process = _start(environment, *options, *on(toy, folder))
+    second = folder / "checkpoints" / "stage-1.ckpt"
+    _wait_for(second, process)
+    _kill(process)
+    assert 0 < _step(second) < 100
+    adamerge(f"resume={folder}")
+    for name in ("coefficients.safetensors", "merged/open_clip_model.safetensors"):
+        expected, found = load_file(tmp_path / "unbroken" / name), load_file(folder / name)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 def test_conflicting_options_are_refused(toy: Path, tmp_path: Path, adamerge: Run) -> None:
     folder = tmp_path / "run"
     adamerge("method=average", *on(toy, folder))

@@ -1,9 +1,10 @@
-"""Run every learner on some suites with several seeds, and write the tables of the README from the results.
+"""Run every method on some suites with several seeds, and write the tables of the README from the results.
 
-python scripts/learners.py --suites mini ../shared/real8 [--only adamerge …] [--seeds 5]
+python scripts/leaderboard.py --suites mini ../shared/real8 [--only adamerge …] [--seeds 5]
 
-Every run is a fresh process of train.py. Results are kept row by row in benchmarks/results/learners.json, so that a
-script that is stopped goes on where it was; ``--again`` runs what is there already once more.
+Every run is a fresh process of train.py. Results are kept row by row in benchmarks/results/leaderboard.json, so that a
+script that is stopped goes on where it was; ``--again`` runs what is there already once more. Static methods run with
+three seeds where something is drawn (masks, images), else with one.
 """
 # ruff: noqa: T201
 
@@ -13,13 +14,18 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+import hydra.utils
+from omegaconf import OmegaConf
 from safetensors import safe_open
 
+from adamerge.cli.config import compose_config, options
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "learners.json"
+RESULTS = ROOT / "benchmarks" / "results" / "leaderboard.json"
 
 LEARNERS: dict[str, list[str]] = {
     "adamerging_taskwise": [],
@@ -37,6 +43,8 @@ LEARNERS: dict[str, list[str]] = {
     "atlas_addition": [],
     "adamerge": [],
 }
+SEARCHED = ("task_arithmetic", "ties", "tsv_merge", "iso_c", "iso_cts", "lines")
+"""Static methods that get a second row, with their scaling searched on the labelled split."""
 ABLATION: dict[str, list[str]] = {
     "adamerge": [],
     "one λ per tensor": ["method.granularity=tensor"],
@@ -51,29 +59,72 @@ ABLATION: dict[str, list[str]] = {
 CORRUPTIONS = ("gaussian_noise", "contrast", "jpeg")
 
 
-def experiments() -> dict[str, list[str]]:
-    """Name of a row to the options of its runs."""
-    found = {name: [f"method={name}", *options] for name, options in LEARNERS.items()}
-    found |= {f"ablation/{name}": ["method=adamerge", *options] for name, options in ABLATION.items()}
-    for corruption in CORRUPTIONS:
-        for method in ("adamerging_layerwise", "adamerge"):
-            found[f"{corruption}/{method}"] = [f"method={method}", f"data.corruption={corruption}"]
+@dataclass(frozen=True)
+class Experiment:
+    """What the runs of a row have in common.
+
+    Attributes:
+        options: Of the command line.
+        data: What the method is given beside weights: ``none``, ``images`` or ``labels``.
+        seeds: How many seeds are enough.
+        anew: Whether nothing may come from a cache, since computing it is part of the method's cost.
+    """
+
+    options: tuple[str, ...]
+    data: str
+    seeds: int = 5
+    anew: bool = False
+
+
+def statics() -> dict[str, Experiment]:
+    """Static methods of conf/method that must be told nothing about a suite, those that search besides."""
+    found = {}
+    for name in options("method"):
+        config, _ = compose_config("train", [f"method={name}"])
+        if OmegaConf.missing_keys(config):
+            continue
+        method = hydra.utils.instantiate(config.method)
+        if hasattr(method, "prepare"):
+            continue
+        statistic = getattr(method, "statistic", None)
+        data = {"nothing": "none"}.get(statistic.needs, statistic.needs) if statistic else "none"
+        seeds = 3 if statistic or "seed" in config.method or "seed" in (config.method.get("transform") or {}) else 1
+        found[name] = Experiment((f"method={name}",), data, seeds, anew=statistic is not None)
+        if name in SEARCHED:
+            found[f"{name}, searched"] = Experiment((f"method={name}", "method.scaling=search"), "labels", seeds)
     return found
 
 
-def run(options: list[str], suite: str, seed: int) -> dict:
+def experiments() -> dict[str, Experiment]:
+    """Name of a row to its runs."""
+    learned = {name: [f"method={name}", *options] for name, options in LEARNERS.items()}
+    learned |= {f"ablation/{name}": ["method=adamerge", *options] for name, options in ABLATION.items()}
+    for corruption in CORRUPTIONS:
+        for method in ("adamerging_layerwise", "adamerge"):
+            learned[f"{corruption}/{method}"] = [f"method={method}", f"data.corruption={corruption}"]
+    supervised = {"atlas_addition"}
+    return {
+        name: Experiment(tuple(given), "labels" if name in supervised else "images") for name, given in learned.items()
+    } | {f"static/{name}": experiment for name, experiment in statics().items()}
+
+
+def run(experiment: Experiment, suite: str, seed: int) -> dict:
     """One run's figures."""
     named = ["suite=mini"] if suite == "mini" else ["suite=folder", f"suite.root='{suite}'"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "train.py"), *options, *named, f"seed={seed}"]
+        command = [sys.executable, str(ROOT / "train.py"), *experiment.options, *named, f"seed={seed}"]
         command += [f"paths.run_dir={folder}/run", "export.figures=false", "export.checkpoint=false"]
+        if experiment.anew:
+            command.append(f"paths.cache_dir={folder}/cache")
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
         results = json.loads(Path(folder, "run", "results.json").read_text())
-        with safe_open(Path(folder, "run", "coefficients.safetensors"), framework="pt") as file:
-            count = file.get_tensor("coefficients").numel()
-        labels = "CrossEntropy" in Path(folder, "run", "config.yaml").read_text()
+        coefficients = Path(folder, "run", "coefficients.safetensors")
+        count = 0
+        if coefficients.exists():
+            with safe_open(coefficients, framework="pt") as file:
+                count = file.get_tensor("coefficients").numel()
     return {
         "accuracy": 100 * results["average"]["merged"],
         "normalized": 100 * results["average"]["normalized"],
@@ -83,7 +134,7 @@ def run(options: list[str], suite: str, seed: int) -> dict:
         "seconds": results["seconds"]["adapt"],
         "peak_MiB": results["peak_memory_bytes"] / 2**20,
         "steps": results["steps"],
-        "labels": labels,
+        "labels": experiment.data == "labels",
     }
 
 
@@ -117,12 +168,34 @@ def table(record: dict[str, dict[str, list[dict]]], suites: list[str], names: di
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
+def static_table(record: dict[str, dict[str, list[dict]]], suites: list[str]) -> str:
+    """All static methods over suites; the best on the last one last."""
+    columns = [part for suite in suites for part in (f"{suite}, %", "normalised", "s")]
+    lines = [f"| | data | {' | '.join(columns)} | peak MiB |", "|---|---|" + "--:|" * (len(columns) + 1)]
+    rows = []
+    for name, experiment in statics().items():
+        by_suite = record.get(f"static/{name}", {})
+        if not all(suite in by_suite for suite in suites):
+            continue
+        cells = []
+        for suite in suites:
+            runs = by_suite[suite]
+            cells += [spread(runs, "accuracy"), f"{mean(run['normalized'] for run in runs):.1f}"]
+            cells.append(f"{min(run['seconds'] for run in runs):.1f}")
+        every = [run for suite in suites for run in by_suite[suite]]
+        peak = max(run["peak_MiB"] for run in every)
+        title = f"`{name}`" if ", " not in name else f"`{name.split(', ')[0]}`, searched"
+        rows.append((every[-1]["accuracy"], f"| {title} | {experiment.data} | {' | '.join(cells)} | {peak:,.0f} |"))
+    return "\n".join([*lines, *(line for _, line in sorted(rows))]) if rows else ""
+
+
 def write_readme(record: dict, suites: list[str]) -> None:
     """Put the tables between the README's markers."""
     readme = ROOT / "README.md"
     text = readme.read_text()
     tables = {
         "learners": table(record, suites, {name: f"`{name}`" for name in LEARNERS}),
+        "static": static_table(record, suites),
         "ablation": table(record, suites, {f"ablation/{name}": name for name in ABLATION}),
         "corruptions": table(
             record,
@@ -152,12 +225,12 @@ def main() -> None:
     every = experiments()
     chosen = every if arguments.only is None else {name: every[name] for name in arguments.only}
     record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name, options in chosen.items():
+    for name, experiment in chosen.items():
         for suite in arguments.suites:
             title = Path(suite).name
             runs = [] if arguments.again else record.get(name, {}).get(title, [])
-            for seed in range(len(runs), arguments.seeds):
-                runs.append(run(options, suite, seed))
+            for seed in range(len(runs), min(arguments.seeds, experiment.seeds)):
+                runs.append(run(experiment, suite, seed))
                 record.setdefault(name, {})[title] = runs
                 RESULTS.write_text(json.dumps(record, indent=1) + "\n")
                 print(name, title, seed, json.dumps(runs[-1]), flush=True)
