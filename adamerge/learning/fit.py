@@ -24,7 +24,7 @@ from adamerge.merging import Coefficients, MergedModel, Partition
 from adamerge.tasks.datamodule import TaskImages
 
 CHECKPOINT_EVERY = 10
-"""Optimiser steps between two checkpoints, and between two looks at the losses."""
+"""Optimiser steps between two checkpoints, and between two looks at the losses unless the Trainer logs more often."""
 
 Module = TypeVar("Module", bound=CoefficientLearner)
 
@@ -152,7 +152,8 @@ def train(
         logger=logger,
         default_root_dir=run_dir,
     )
-    learner = build(max_steps=trainer.max_steps, check_every=CHECKPOINT_EVERY)
+    looks = min(CHECKPOINT_EVERY, trainer.log_every_n_steps or CHECKPOINT_EVERY)  # type: ignore[attr-defined]
+    learner = build(max_steps=trainer.max_steps, check_every=looks)
     if trainer.is_global_zero and not resume:
         checkpoint.unlink(missing_ok=True)  # of another run in the same folder
     if trainer.max_steps > 0:

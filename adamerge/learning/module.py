@@ -27,7 +27,7 @@ class CoefficientLearner(pl.LightningModule):
     checkpoint holds λ, the optimiser and the history, but no model weights.
 
     An optimiser may have ``observe(model)``, called before its step, which sees the gradients of the merged weights,
-    and ``gap``, a scalar that is logged and ends the run where it falls below ``tolerance``.
+    and ``gap``, a scalar that is logged and ends the run where a look finds it not above ``tolerance``.
 
     Args:
         model: Merged model; kept out of the module's tree.

@@ -99,7 +99,12 @@ class MergedModel:
         """∂L/∂λ, (K, G), of all losses that were back-propagated since the last ``update``."""
         if self._contraction is not None:
             return self._contraction.result()
-        return contract(self.bank, {key: leaf.grad for key, leaf in self._leaves.items()}, self.partition)
+        return contract(self.bank, self.gradients, self.partition)
+
+    @property
+    def gradients(self) -> dict[str, Tensor | None]:
+        """∂L/∂θ by key, of the same losses; None where there is none, or where a single backward pass was promised."""
+        return {key: leaf.grad for key, leaf in self._leaves.items()}
 
     def _arrived(self, key: str, leaf: Tensor) -> None:
         """A gradient has been added to a leaf."""

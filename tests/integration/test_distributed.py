@@ -11,12 +11,20 @@ from adamerge.tasks.datamodule import TaskImages
 
 
 # Where a row's gradient is next to nothing, Adam makes a step of its rounding: 1e-4 is a hundredth of a step.
-@pytest.mark.parametrize(("method", "size", "tolerance"), [("adamerging_layerwise", 8, 1e-6), ("adamerge", 7, 1e-4)])
+# The cosine alone needs the gradient of all weights over all processes.
+@pytest.mark.parametrize(
+    ("method", "size", "tolerance"),
+    [
+        ("adamerging_layerwise", 8, 1e-6),
+        ("adamerge", 7, 1e-4),
+        ("frank_wolfe_hard optimizer.oracle=cosine", 8, 1e-6),
+    ],
+)
 def test_two_processes_equal_one_on_the_same_global_batch(
     method: str, size: int, tolerance: float, adamerge_process: Run, toy: Path, tmp_path: Path
 ) -> None:
     options = [
-        f"method={method}",
+        *f"method={method}".split(),
         "trainer.precision=32-true",
         "trainer.max_steps=20",
         "optimizer.lr=0.01",

@@ -16,8 +16,16 @@ from adamerge.methods.learned.expert_merging import share_out
 
 # Two tasks, three tensors; θ₀ = 0. ‖τ‖₁ by tensor: a 6 and 2, b 1 and 4, c 0 and 0.
 EXPERTS = [
-    {"visual.a": torch.tensor([[1.0, -2.0], [3.0, 0.0]]), "visual.b": torch.tensor([1.0, 0.0]), "visual.c": torch.zeros(3)},
-    {"visual.a": torch.tensor([[0.0, -2.0], [0.0, 0.0]]), "visual.b": torch.tensor([-2.0, 2.0]), "visual.c": torch.zeros(3)},
+    {
+        "visual.a": torch.tensor([[1.0, -2.0], [3.0, 0.0]]),
+        "visual.b": torch.tensor([1.0, 0.0]),
+        "visual.c": torch.zeros(3),
+    },
+    {
+        "visual.a": torch.tensor([[0.0, -2.0], [0.0, 0.0]]),
+        "visual.b": torch.tensor([-2.0, 2.0]),
+        "visual.c": torch.zeros(3),
+    },
 ]
 
 
