@@ -142,7 +142,7 @@ def measure_passes(
     if device == "cuda":
         if kernels == "torch":
             os.environ["ADAMERGE_TRITON"] = "0"
-        elif not available(torch.device("cuda", torch.cuda.current_device())):
+        elif not available(torch.device("cuda", torch.cuda.current_device()), DTYPES[dtype]):
             raise SystemExit("the Triton kernels do not work on this device; leave them out with --kernels torch")
         if (stored + 12) * parameters + (3 << 30) > torch.cuda.mem_get_info()[0]:  # with the buffers of the copies
             return row | {"copy_bytes_per_second": copy_bandwidth(device), "partitions": {}}
@@ -225,8 +225,12 @@ def _random_problem(size: str, num_tasks: int, device: str) -> tuple[torch.nn.Mo
     return network, {name: value.detach() for name, value in network.named_parameters()}, heads
 
 
-def measure_run(size: str, num_tasks: int, batch: int, steps: int, device: str) -> dict:
-    """Seconds of a whole layer-wise run, with its Trainer and draws of 512 random images a task."""
+def measure_run(size: str, num_tasks: int, batch: int, steps: int, device: str, images_on: str) -> dict:
+    """Seconds of a whole layer-wise run, with its Trainer and draws of 512 random images a task.
+
+    ``images_on`` the ``host`` or the ``device`` the images lie.
+    """
+    import omegaconf  # noqa: F401  loading has imported it, which checkpoints need
     import pytorch_lightning as pl
 
     from adamerge.learning.fit import learn
@@ -239,6 +243,8 @@ def measure_run(size: str, num_tasks: int, batch: int, steps: int, device: str) 
     bank, side = random_bank(pretrained, num_tasks, "bfloat16"), SIZES[size]["image_size"]
     images = {task: torch.randint(256, (512, 3, side, side), dtype=torch.uint8) for task in bank.task_names}
     rows = {task: torch.arange(512) for task in images}
+    data = TaskImages(images, rows, images_per_batch=batch, batches_per_step=1, seed=0)
+    data.on_device = images_on == "device"
     partition = Partition.build("tensor", bank.shapes)
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
@@ -246,7 +252,7 @@ def measure_run(size: str, num_tasks: int, batch: int, steps: int, device: str) 
             MergedModel(network, bank, partition),
             Coefficients(num_tasks, partition.num_groups, init=0.3, constraint="clamp"),
             TaskLosses(Entropy(), dict(zip(images, heads, strict=True)), dict.fromkeys(images, 1.0), "auto"),
-            TaskImages(images, rows, images_per_batch=batch, batches_per_step=1, seed=0),
+            data,
             run_dir=Path(folder),
             make_trainer=partial(
                 pl.Trainer,
@@ -263,7 +269,8 @@ def measure_run(size: str, num_tasks: int, batch: int, steps: int, device: str) 
             resume=False,
         )
         seconds = time.perf_counter() - begin
-    return {"size": size, "tasks": num_tasks, "batch": batch, "steps": learned.steps, "seconds": seconds}
+    found = {"size": size, "tasks": num_tasks, "batch": batch, "images_on": images_on}
+    return found | {"steps": learned.steps, "seconds": seconds}
 
 
 class PeakAnonymous(threading.Thread):

@@ -155,11 +155,11 @@ def _images(
         indices = {task: _learned_rows(task, labelled[task], config) for task in tasks}
         data = TaskImages(images, indices, **options)
         data.targets = {task: {"labels": labels} for task in tasks if (labels := labelled[task].labels) is not None}
-        data.view = view
+        data.view, data.on_device = view, config.data.on_device
         return data
     images = {task: problem.unlabeled[task].images for task in tasks}
     data = TaskImages(images, {task: problem.adapt_indices[task] for task in tasks}, **options)
-    data.view = view
+    data.view, data.on_device = view, config.data.on_device
     if isinstance(objective, FixMatch):
         data.trusted_share = objective.trusted_share
     if objective.needs == "experts":

@@ -268,8 +268,9 @@ class CoefficientLearner(pl.LightningModule):
     def _report(self, step: int) -> None:
         """Every few steps the host looks: log, and stop if a loss was not finite."""
         losses = self.losses[step].tolist()
-        by_task = zip(self._task_losses.heads, losses, strict=True)
-        self.log_dict({"loss": sum(losses), **{f"loss/{task}": loss for task, loss in by_task}})
+        if self.trainer.loggers:
+            by_task = zip(self._task_losses.heads, losses, strict=True)
+            self.log_dict({"loss": sum(losses), **{f"loss/{task}": loss for task, loss in by_task}})
         self.log("total", sum(losses), prog_bar=True, logger=False)
         optimizer: Any = self.optimizers()
         if (gap := getattr(optimizer.optimizer, "gap", None)) is not None:

@@ -1,8 +1,8 @@
 """Both passes over τ for all tensors in one launch, on CUDA devices that have Triton.
 
 Whatever a launch cannot take (other devices and dtypes, partitions whose groups are no segments) is handed back, to be
-done by torch's own operations (kernels.py), which are also the oracle of the tests. Before its first launch on a device
-a small case is computed both ways; a device that fails it is left alone. ADAMERGE_TRITON=0 in the environment does
+done by torch's own operations (kernels.py), which are also the oracle of the tests. Before the first launch for a dtype
+on a device a small case is computed both ways; what fails it is left alone. ADAMERGE_TRITON=0 in the environment does
 the same to all devices.
 """
 
@@ -19,21 +19,28 @@ from torch import Tensor
 from adamerge.bank.storage import Rows
 from adamerge.merging.kernels import add_task_vectors, contract_task_vectors
 from adamerge.merging.partition import Partition
-from adamerge.merging.tiles import ALIGN, BLOCK, WIDTH, Tiles, tiles_of
+from adamerge.merging.tiles import ALIGN, BLOCK, Tiles, tiles_of
 
 _AT_ONCE = 4
 """Tasks whose loads are in flight together."""
 
+_KINDS = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+"""Of task vectors."""
+
 _RECENT = 64
 """Tables of addresses that are kept, per table of tiles."""
 
-_RUNS = 16
-"""Runs of sums that a program adds up."""
+_SUMS = 1024
+"""How many a program adds up, in runs."""
+
+_WARPS = {"add": 4, "contract": 2}
+"""Of a program: the sums of fewer are sooner put together."""
 
 
-def available(device: torch.device) -> bool:
-    """Whether ``device`` runs our kernels and gets them right."""
-    return device.type == "cuda" and os.environ.get("ADAMERGE_TRITON") != "0" and _works(device)
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``device`` runs our kernels of task vectors in ``dtype`` and gets them right."""
+    allowed = device.type == "cuda" and os.environ.get("ADAMERGE_TRITON") != "0"
+    return allowed and dtype in _KINDS and _works(device, dtype)
 
 
 def add_all(
@@ -90,13 +97,12 @@ def contract_all(
 def _alike(rows: Mapping[str, Rows], partition: Partition) -> dict[str, Rows]:
     """The tensors that one launch can take: on one device, of one dtype that Triton reads, in segments."""
     first = next(iter(rows.values()), None)
-    if first is None or not available(first.values.device):
+    if first is None or not available(first.values.device, first.values.dtype):
         return {}
-    kinds = {torch.float32, torch.bfloat16, torch.float16, torch.int8} & {first.values.dtype}
     return {
         key: part
         for key, part in rows.items()
-        if part.values.dtype in kinds
+        if part.values.dtype == first.values.dtype
         and part.values.is_contiguous()
         and (part.scales is None or part.scales.is_contiguous())
         and partition.segments.get(key)
@@ -120,13 +126,14 @@ def _contract(gradients: Mapping[str, Tensor], rows: Mapping[str, Rows], partiti
     tensors = _tensors(tiles, _addresses({key: (gradient,) for key, gradient in wide.items()}, rows), device)
     sums = torch.empty(num_tasks, tiles.count, device=device)
     _launch("contract", tiles, rows, tensors, sums, *sums.shape)
-    for level, (bounds, places) in enumerate(tiles.levels, 1):
+    for level, ((bounds, places), width) in enumerate(zip(tiles.levels, tiles.widths, strict=True), 1):
         last = level == len(tiles.levels)
         target = total if last else total.new_zeros(num_tasks, len(places)).t()  # (G or R, K)
         strides = sums.stride(0), target.stride(0), target.stride(1)
-        grid = (-(-len(places) // _RUNS), num_tasks)
+        runs = _SUMS // width
+        grid = (-(-len(places) // runs), num_tasks)
         _kernel("add_runs", grid, device)(
-            sums, target, bounds, places, len(places), *strides, RUNS=_RUNS, WIDTH=WIDTH, num_warps=4
+            sums, target, bounds, places, len(places), *strides, RUNS=runs, WIDTH=width, num_warps=4
         )
         sums = target.t()
 
@@ -145,7 +152,7 @@ def _launch(name: str, tiles: Tiles, rows: Mapping[str, Rows], *arguments: Any) 
         SCALED=first.scales is not None,
         UNROLL=min(_AT_ONCE, 1 << (len(first.values) - 1).bit_length()),
         BLOCK=BLOCK,
-        num_warps=4,
+        num_warps=_WARPS[name],
     )
 
 
@@ -199,18 +206,18 @@ def _upload(table: Tensor, device: torch.device) -> Tensor:
 
 
 @cache
-def _works(device: torch.device) -> bool:
+def _works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether both passes compile on this device and give what torch's operations give, on a small case."""
     try:
-        check(device)
+        check(device, dtype)
     except Exception as error:  # of a missing Triton, compiler or driver, or of a wrong result
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        logging.getLogger(__name__).info("no Triton kernels on %s (%s)", device, reason)
+        logging.getLogger(__name__).info("no Triton kernels of %s on %s (%s)", dtype, device, reason)
         return False
     return True
 
 
-def check(device: torch.device) -> None:
+def check(device: torch.device, dtype: torch.dtype) -> None:
     """Compute a small case both ways.
 
     Raises:
@@ -221,23 +228,22 @@ def check(device: torch.device) -> None:
     partition = Partition.build("chunk(3)", shapes)
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(3, partition.num_groups, generator=generator).to(device)
-    for dtype in (torch.bfloat16, torch.int8):
-        rows, pretrained = {}, {}
-        for key, (*lead, columns) in shapes.items():
-            count = lead[0] if lead else 1
-            values = (50 * torch.randn(3, count, columns, generator=generator)).clamp(-127, 127).to(dtype)
-            scales = torch.rand(3, count, generator=generator) if dtype == torch.int8 else None
-            rows[key] = Rows(values, scales).to(device)
-            pretrained[key] = torch.randn(count * columns, generator=generator).to(device)
-        found = {key: torch.full_like(base, torch.nan) for key, base in pretrained.items()}
-        totals = torch.zeros(2, partition.num_groups, 3, dtype=torch.float64, device=device)
-        _add({key: (found[key], base) for key, base in pretrained.items()}, rows, weights, partition)
-        _contract(pretrained, rows, partition, totals[0])
-        for key, base in pretrained.items():
-            expected = torch.empty_like(base)
-            add_task_vectors(expected, base, rows[key], weights, partition.segments[key])
-            contract_task_vectors(rows[key], base, partition.segments[key], totals[1])
-            if not torch.allclose(found[key], expected, rtol=1e-5, atol=1e-3):
-                raise ArithmeticError(f"the merge of {dtype} task vectors is wrong")
-        if not torch.allclose(*totals, rtol=1e-5, atol=1e-2):
-            raise ArithmeticError(f"the coefficient gradient of {dtype} task vectors is wrong")
+    rows, pretrained = {}, {}
+    for key, (*lead, columns) in shapes.items():
+        count = lead[0] if lead else 1
+        values = (50 * torch.randn(3, count, columns, generator=generator)).clamp(-127, 127).to(dtype)
+        scales = torch.rand(3, count, generator=generator) if dtype == torch.int8 else None
+        rows[key] = Rows(values, scales).to(device)
+        pretrained[key] = torch.randn(count * columns, generator=generator).to(device)
+    found = {key: torch.full_like(base, torch.nan) for key, base in pretrained.items()}
+    totals = torch.zeros(2, partition.num_groups, 3, dtype=torch.float64, device=device)
+    _add({key: (found[key], base) for key, base in pretrained.items()}, rows, weights, partition)
+    _contract(pretrained, rows, partition, totals[0])
+    for key, base in pretrained.items():
+        expected = torch.empty_like(base)
+        add_task_vectors(expected, base, rows[key], weights, partition.segments[key])
+        contract_task_vectors(rows[key], base, partition.segments[key], totals[1])
+        if not torch.allclose(found[key], expected, rtol=1e-5, atol=1e-3):
+            raise ArithmeticError(f"the merge of {dtype} task vectors is wrong")
+    if not torch.allclose(*totals, rtol=1e-5, atol=1e-2):
+        raise ArithmeticError(f"the coefficient gradient of {dtype} task vectors is wrong")

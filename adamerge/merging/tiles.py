@@ -24,7 +24,10 @@ TILE_FIELDS = 5
 """Per tile: tensor, start and stop within it, group, row."""
 
 WIDTH = 64
-"""Numbers that are added up at a time when the sums of tiles become those of groups."""
+"""Numbers that are added up at a time, at most, when the sums of tiles become those of groups."""
+
+NARROW = 8
+"""Where no group has more tiles than this, as rows have not, so many."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,16 @@ class Tiles:
 
     Attributes:
         table: (T, ``TILE_FIELDS``), int64.
-        levels: How T sums become one per group, ``WIDTH`` at a time. Per level the bounds of R runs of neighbours
-            (R + 1) and the place of each run's sum (R): in the next level, and in the last one the group. int64.
+        levels: How T sums become one per group. Per level the bounds of R runs of neighbours (R + 1) and the place of
+            each run's sum (R): in the next level, and in the last one the group. int64.
+        widths: Of the longest run of each level, rounded up to ``NARROW`` or ``WIDTH``.
         recent: Tables of addresses of recent launches, by what they hold; ``fused`` keeps them here.
         recorded: Those that a recorded launch reads, for as long as there are these tiles.
     """
 
     table: Tensor
     levels: tuple[tuple[Tensor, Tensor], ...]
+    widths: tuple[int, ...]
     recent: dict[tuple, Tensor] = field(default_factory=dict)
     recorded: dict[tuple, Tensor] = field(default_factory=dict)
 
@@ -71,8 +76,10 @@ def tiles_of(partition: Partition, rows: Mapping[str, Rows], upload: Callable[[T
         owners = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
         table = torch.cat([owners[:, None], torch.cat(parts)], dim=1)
         table = table[table[:, 3].argsort(stable=True)]
-        levels = tuple((upload(bounds), upload(places)) for bounds, places in _levels(table[:, 3]))
-        tiles = known[(device, columns, *rows)] = Tiles(upload(table), levels)
+        levels = _levels(table[:, 3])
+        widths = tuple(NARROW if (bounds.diff() <= NARROW).all() else WIDTH for bounds, _ in levels)
+        placed = tuple((upload(bounds), upload(places)) for bounds, places in levels)
+        tiles = known[(device, columns, *rows)] = Tiles(upload(table), placed, widths)
     return tiles
 
 

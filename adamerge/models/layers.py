@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear as torch_linear
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 
 def use_lean_layers(network: nn.Module) -> None:
@@ -14,7 +15,7 @@ def use_lean_layers(network: nn.Module) -> None:
     image into patches. Parameters stay as they are.
     """
     for module in network.modules():
-        if type(module) is nn.Linear:
+        if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear):  # the latter is attention's out_proj
             module.__class__ = Linear
         elif type(module) is nn.MultiheadAttention:
             module.__class__ = SelfAttention
@@ -65,9 +66,12 @@ class SelfAttention(nn.MultiheadAttention):
         batch, tokens, width = query.shape
         projected = linear(query, self.in_proj_weight, self.in_proj_bias)
         heads = projected.view(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        attended = attention(*heads.permute(2, 0, 3, 1, 4).contiguous().unbind(0))
+        if heads.device.type == "cpu":
+            attended = attention(*heads.permute(2, 0, 3, 1, 4).contiguous().unbind(0))
+        else:  # whose kernels read and write (B, L, H, d) as it lies, and its three gradients become one by one copy
+            attended = attention(*(part.transpose(1, 2) for part in heads.unbind(2)))
         joined = attended.transpose(1, 2).reshape(batch, tokens, width)
-        return linear(joined, self.out_proj.weight, self.out_proj.bias), None
+        return self.out_proj(joined), None  # by the module, whose hooks see its input
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

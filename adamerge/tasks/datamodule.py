@@ -97,6 +97,7 @@ class TaskImages(pl.LightningDataModule):
     Attributes:
         targets: What is known about the images of a task, by name, (N, …) each: nothing at first, and never a label
             for an unlabeled learner.
+        on_device: Whether all images move to the device that learns, once, rather than each batch to it.
         view: Makes random views of the images; that of an image at a step depends on (seed, task, step, image) alone.
         trusted_share: Where given, this share of every batch is drawn from the images whose target ``trusted`` is 0 or
             more, the rest from the others (all of it, if there is one kind alone), and a batch also holds the images as
@@ -129,6 +130,7 @@ class TaskImages(pl.LightningDataModule):
             raise ConfigError("data.images_per_batch and data.batches_per_step are at least 1.")
         self._images, self._indices = images, indices
         self.targets: Mapping[str, Mapping[str, Tensor]] = {task: {} for task in images}
+        self.on_device = False
         self.view: RandomView | None = None
         self.trusted_share: float | None = None
         self.renew: Callable[[int], Mapping[str, Mapping[str, Tensor]] | None] | None = None
@@ -174,11 +176,12 @@ class TaskImages(pl.LightningDataModule):
         for task, source in self._images.items():
             batches = self.draw(task, step)
             rows = torch.cat([batch[rank::world_size] for batch in batches])
-            images[task] = self._views(source[rows], task, step, rows)
+            taken = source[_placed(rows, source.device)]
+            images[task] = self._views(taken, task, step, rows)
             weights[task] = torch.cat([torch.full((len(b[rank::world_size]),), 1 / len(b)) for b in batches])
             targets[task] = {name: known[rows] for name, known in self.targets[task].items()}
             if self.trusted_share is not None:
-                targets[task]["weak"] = source[rows]
+                targets[task]["weak"] = taken
         return {"images": images, "weights": weights, "targets": targets}
 
     def _views(self, images: Tensor, task: str, step: int, rows: Tensor) -> Tensor:
@@ -208,12 +211,14 @@ class TaskImages(pl.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         place = batch, trainer.global_rank, trainer.world_size
+        if self.on_device:
+            self._images = {task: part.to(trainer.strategy.root_device) for task, part in self._images.items()}
         if self.renew is not None or trainer.strategy.root_device.type != "cuda":
             return self.at(*place)
         return self._ahead(*place)
 
     def _ahead(self, step: int, rank: int, world_size: int) -> Batch:
-        """``batch`` in page-locked memory, put together while the GPU was busy with the step before."""
+        """``batch`` on the GPU or in page-locked memory, put together while the GPU was busy with the step before."""
         place = step, rank, world_size
         batch = self._coming[1] if self._coming and self._coming[0] == place else _READER.submit(self._pinned, *place)
         following = step + 1, rank, world_size
@@ -222,13 +227,19 @@ class TaskImages(pl.LightningDataModule):
 
     def _pinned(self, step: int, rank: int, world_size: int) -> Batch:
         batch = self.batch(step, rank, world_size)
-        targets = {
-            task: {name: part.pin_memory() for name, part in known.items()} for task, known in batch["targets"].items()
-        }
-        pinned = {
-            kind: {task: part.pin_memory() for task, part in batch[kind].items()} for kind in ("images", "weights")
-        }
-        return {**pinned, "targets": targets}
+        locked = {kind: {task: _locked(part) for task, part in batch[kind].items()} for kind in ("images", "weights")}
+        targets = batch["targets"].items()
+        return {**locked, "targets": {task: {name: _locked(part) for name, part in of.items()} for task, of in targets}}
+
+
+def _locked(part: Tensor) -> Tensor:
+    """In page-locked memory, unless it is on a device."""
+    return part.pin_memory() if part.device.type == "cpu" else part
+
+
+def _placed(rows: Tensor, device: torch.device) -> Tensor:
+    """``rows`` of the CPU on ``device``, without waiting for it."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 
 
 def _batches(images: Tensor, size: int, count: int) -> Sequence[Tensor]:

@@ -205,6 +205,15 @@ def test_a_gpu_learns_what_the_cpu_learns_from_a_recorded_step(
     assert there.encoder.calls == 3 * (1 if fuse_tasks else len(TASKS))
 
 
+@pytest.mark.gpu
+def test_images_that_lie_on_the_gpu_are_the_same_images(setting: Setting) -> None:
+    held = setting.data()
+    held.on_device = True
+    brought, there = (fit(setting, 20, data=data, accelerator="gpu") for data in (setting.data(), held))
+    assert torch.equal(there.raw, brought.raw)
+    assert all(images.is_cuda for images in held._images.values())
+
+
 def test_losses_are_the_references_and_history_is_of_the_coefficients_before_each_step(setting: Setting) -> None:
     steps = 5
     run = fit(setting, steps)

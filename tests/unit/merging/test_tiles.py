@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adamerge.bank.storage import Rows, row_count
 from adamerge.merging import Partition, tiles
-from adamerge.merging.tiles import ALIGN, BLOCK, WIDTH, Tiles, tiles_of
+from adamerge.merging.tiles import ALIGN, BLOCK, NARROW, WIDTH, Tiles, tiles_of
 
 SHAPES = {"visual.w": (3, 1500), "visual.scale": (), "visual.b": (70,), "visual.conv": (5, 3, 7, 7)}
 GRANULARITIES = ["task", "tensor", "block", "chunk(3)", "row"]
@@ -42,11 +42,11 @@ def check_cover(made: Tiles, partition: Partition, shapes: dict[str, tuple[int, 
 
 def summed(made: Tiles, sums: Tensor, groups: int) -> Tensor:
     """As the kernel ``add_runs`` does it, level by level; (T,) → (groups,)."""
-    for level, (bounds, places) in enumerate(made.levels, 1):
+    for level, ((bounds, places), width) in enumerate(zip(made.levels, made.widths, strict=True), 1):
         target = torch.zeros(groups if level == len(made.levels) else len(places), dtype=torch.float64)
         assert len(places.unique()) == len(places)
         for start, stop, place in zip(bounds[:-1].tolist(), bounds[1:].tolist(), places.tolist(), strict=True):
-            assert 0 < stop - start <= WIDTH
+            assert 0 < stop - start <= width
             target[place] += sums[start:stop].sum()
         sums = target
     return sums
@@ -81,13 +81,14 @@ def test_a_segment_that_begins_anywhere_has_aligned_tiles_inside() -> None:
     assert not aligned.all()
 
 
-@pytest.mark.parametrize("tiles_in_group", [1, WIDTH, WIDTH + 1, WIDTH**2 + 5])
+@pytest.mark.parametrize("tiles_in_group", [1, NARROW, NARROW + 1, WIDTH, WIDTH + 1, WIDTH**2 + 5])
 def test_many_tiles_of_one_group_are_added_up_in_levels(tiles_in_group: int) -> None:
     shapes = {"visual.a": (tiles_in_group * BLOCK,), "visual.b": (3,)}
     made = make(Partition.build("tensor", shapes), shapes, scaled=False)
     sums = torch.ones(made.count, dtype=torch.float64)
     assert summed(made, sums, 2).tolist() == [tiles_in_group, 1]
     assert len(made.levels) == 1 + (tiles_in_group > WIDTH) + (tiles_in_group > WIDTH**2)
+    assert made.widths[0] == (NARROW if tiles_in_group <= NARROW else WIDTH)
 
 
 def test_tensors_without_entries_have_no_tiles() -> None:

@@ -42,7 +42,7 @@ def test_the_interpreted_kernels_equal_torch(interpreted: dict[str, dict[str, fl
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 def test_the_compiled_kernels_equal_torch(case: str) -> None:
-    assert fused.available(torch.device("cuda", 0))
+    assert fused.available(torch.device("cuda", 0), torch.bfloat16)
     assert fused_cases.accepted(fused_cases.measure(case, torch.device("cuda", 0)))
 
 
@@ -91,11 +91,13 @@ def test_aligned_tiles_are_read_in_as_wide_words_as_there_are(stored: str) -> No
             getattr(triton_kernels, kernel), signature | dict.fromkeys(constants, "constexpr"), constants
         )
         target = backends.GPUTarget("cuda", 90, 32)
-        made = triton.compile(source, target=target, options={"num_warps": 4, "enable_fp_fusion": True})
+        made = triton.compile(
+            source, target=target, options={"num_warps": fused._WARPS[kernel], "enable_fp_fusion": True}
+        )
         loads = re.findall(r"ld\.global\.([.\w]+)", made.asm["ptx"])
-        words = 2 if stored == "int8" else 4
-        wide = [load for load in loads if load == f"v{words}.b32"]
-        assert len(wide) >= fused._AT_ONCE * (2 if stored == "float32" else 1)
+        words = 1024 // (32 * fused._WARPS[kernel]) * DTYPES[stored].itemsize // 4  # of a thread, of one task
+        wide = [load for load in loads if load == f"v{min(words, 4)}.b32"]
+        assert len(wide) >= fused._AT_ONCE * max(words // 4, 1)
 
 
 def test_importing_the_package_does_not_import_triton() -> None:
@@ -107,29 +109,33 @@ def test_importing_the_package_does_not_import_triton() -> None:
 def test_devices_without_kernels_and_devices_that_fail_are_left_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(device: torch.device) -> None:
+    def fail(device: torch.device, dtype: torch.dtype) -> None:
         raise RuntimeError(f"no driver\nfor {device}")
 
-    assert not fused.available(torch.device("cpu"))
+    dtype = torch.bfloat16
+    assert not fused.available(torch.device("cpu"), dtype)
     monkeypatch.setattr(fused, "check", fail)
     fused._works.cache_clear()
     try:
         with caplog.at_level("INFO", logger=fused.__name__):
-            assert not fused.available(torch.device("cuda", 0))
-            assert not fused.available(torch.device("cuda", 0))
+            assert not fused.available(torch.device("cuda", 0), dtype)
+            assert not fused.available(torch.device("cuda", 0), dtype)
         assert [record.getMessage() for record in caplog.records] == [
-            "no Triton kernels on cuda:0 (RuntimeError: no driver)"
+            "no Triton kernels of torch.bfloat16 on cuda:0 (RuntimeError: no driver)"
         ]
-        monkeypatch.setattr(fused, "check", lambda device: None)
-        assert fused.available(torch.device("cuda", 1))
+        monkeypatch.setattr(fused, "check", lambda device, dtype: None)
+        assert fused.available(torch.device("cuda", 0), torch.float32)
+        assert not fused.available(torch.device("cuda", 0), torch.float64)
+        assert fused.available(torch.device("cuda", 1), dtype)
         monkeypatch.setenv("ADAMERGE_TRITON", "0")
-        assert not fused.available(torch.device("cuda", 1))
+        assert not fused.available(torch.device("cuda", 1), dtype)
     finally:
         fused._works.cache_clear()
 
 
 @pytest.mark.parametrize("broken", ["_add", "_contract"])
-def test_a_wrong_result_does_not_pass_the_check(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stored", DTYPES)
+def test_a_wrong_result_does_not_pass_the_check(broken: str, stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def add(targets, rows, weights, partition) -> None:
         for key, (out, base) in targets.items():
             kernels.add_task_vectors(out, base, rows[key], weights, partition.segments[key])
@@ -140,14 +146,14 @@ def test_a_wrong_result_does_not_pass_the_check(broken: str, monkeypatch: pytest
 
     monkeypatch.setattr(fused, "_add", add)
     monkeypatch.setattr(fused, "_contract", contract)
-    fused.check(torch.device("cpu"))
+    fused.check(torch.device("cpu"), DTYPES[stored])
     monkeypatch.setattr(fused, broken, lambda *_: None)
-    with pytest.raises(ArithmeticError, match=r"bfloat16 task vectors is wrong"):
-        fused.check(torch.device("cpu"))
+    with pytest.raises(ArithmeticError, match=f"{stored} task vectors is wrong"):
+        fused.check(torch.device("cpu"), DTYPES[stored])
 
 
 def test_what_has_no_segments_is_handed_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "available", lambda device: True)
+    monkeypatch.setattr(fused, "available", lambda *_: True)
     bank = fused_cases.make_bank("float32", 2)
     partition = Partition.build("random(3)", bank.shapes)
     rows = {key: part for key, part in fused_cases.rows_of(bank).items() if key not in partition.segments}
@@ -159,7 +165,7 @@ def test_what_has_no_segments_is_handed_back(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_float64_is_handed_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "available", lambda device: True)
+    monkeypatch.setattr(fused, "available", lambda *_: True)
     bank = fused_cases.make_bank("float32", 2)
     partition = Partition.build("tensor", bank.shapes)
     rows = fused_cases.rows_of(bank)
@@ -171,7 +177,7 @@ def test_float64_is_handed_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_empty_tensors_merge_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "available", lambda device: True)
+    monkeypatch.setattr(fused, "available", lambda *_: True)
     base = {"visual.none": torch.empty(0)}
     partition = Partition.build("tensor", {"visual.none": (0,)})
     rows = {"visual.none": Rows(torch.empty(2, 1, 0), None)}
