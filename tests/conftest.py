@@ -8,6 +8,9 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shared", type=Path, default=None, help="folder that holds real8; without it those tests skip")
+    for option, library in (("--peer-python", "FusionBench 0.2.33"), ("--mergekit-python", "mergekit 0.1.5")):
+        text = f"Python of an environment with {library} to compare with; without it those tests skip"
+        parser.addoption(option, type=Path, default=None, help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -15,12 +18,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    peers = config.getoption("--peer-python") or config.getoption("--mergekit-python")
     reasons = {
         "shared": None if config.getoption("--shared") else "needs --shared=DIR",
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
         "network": "needs a model hub; run with -m network",
+        "peer": None if peers else "needs --peer-python=PATH or --mergekit-python=PATH",
     }
-    chosen = config.getoption("-m")
+    chosen = config.getoption("-m") or ""
     for item in items:
         for marker, reason in reasons.items():
             if reason and item.get_closest_marker(marker) and marker not in chosen:

@@ -98,7 +98,7 @@ class Job:
                     method, problem, config, self.run_dir, self.method_name, evaluator
                 )
             else:
-                merged = merge_static(method, problem, evaluator, self.console, config.seed)
+                merged = merge_static(method, problem, evaluator, self.console, config.seed, self.run_dir)
         if rank_zero_only.rank != 0:
             return None
         with self._phase("evaluate"), self.console.status("scoring the merged model"):

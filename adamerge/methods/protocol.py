@@ -52,13 +52,13 @@ class Context:
 
     Attributes:
         statistics: Of the method's ``statistic``, by name: (K, …), tasks in the bank's order; read when asked for.
-        recompute: The same statistics where some tensors of every expert are replaced by those given; for methods that
-            walk through the network.
+        recompute: The same statistics where some tensors of every expert are replaced by those given first, for the
+            keys given second; for methods that walk through the network.
         track: Wraps the items of a loop that takes long, to show its progress.
     """
 
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
-    recompute: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
+    recompute: Callable[[Mapping[str, Tensor], Iterable[str]], Mapping[str, Tensor]] | None = None
     track: Callable[[Iterable[str]], Iterable[str]] = iter
 
 

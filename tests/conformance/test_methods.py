@@ -1,6 +1,6 @@
 """What every method of conf/method promises; a method that is listed there is tested here."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -29,14 +29,50 @@ METHODS = sorted(file.stem for file in (config_dir() / "method").glob("*.yaml"))
 # Options under which one task alone gives its expert. Learners are not listed: they all start there with λ = 1.
 EXPERT_AT = {
     "average": [],
+    "breadcrumbs": ["method.scaling=1", "method.transform.drop_low=0", "method.transform.drop_high=0"],
+    "consensus_task_arithmetic": ["method.scaling=1", "method.transform.agreement=1"],
+    "consensus_ties": ["method.scaling=1", "method.transform.agreement=1", "method.transform.before.density=1"],
+    "dare_task_arithmetic": ["method.scaling=1", "method.transform.drop=0"],
+    "dare_ties": ["method.scaling=1", "method.transform.drop=0", "method.density=1"],
+    "delta_guided_fusion": [],
+    "fisher_merging": [],
     "individual": [],
+    "lines": ["method.scaling=0"],
+    "lines_ties": ["method.scaling=0", "method.merging.density=1"],
+    "low_rank_task_arithmetic": ["method.scaling=1", "method.transform.rank_share=1"],
+    "magmax": ["method.scaling=1"],
+    "metrics_weighted_averaging": [],
+    "model_stock": [],
+    "opcm": [],
+    "opt_merge": [],
+    "opt_merge_lora": [],
+    "ota": ["method.density=1"],
+    "r_tsvm": ["method.outlier_weight=1"],
+    "regmean": [],
+    "regmean_pp": [],
+    "slerp": [],
     "task_arithmetic": ["method.scaling=1"],
     "ties": ["method.scaling=1", "method.density=1"],
+    "tsv_merge": [],
+    "weighted_average": [],
+    "widen": [],
+    "wudi": [],
 }
-NEVER_THE_EXPERT = {"pretrained", "atlas_negation"}  # the latter scales one task vector of two or more
+NEVER_THE_EXPERT = {
+    "pretrained",
+    "atlas_negation",  # scales one task vector of two or more
+    "doge",  # gives every matrix of a task the same norm
+    "iso_c",  # its matrices have a flat spectrum
+    "iso_cts",  # likewise
+    "pcb",  # its least important entry stays at θ₀
+    "task_negation",  # goes away from one of two or more
+}
 
 # Learners that join the task vectors one after another: their start does not depend on the order, what they learn does.
 IN_ORDER = {"self_positioning"}
+
+# Static merges that take the tasks one after another.
+ORDERED = {"slerp"}
 
 # Options that a method must be given. Without a target aTLAS learns all tasks from all.
 GIVEN = {
@@ -44,6 +80,7 @@ GIVEN = {
     "atlas_negation": ["method.target=task0", "method.control=task1"],
     "atlas_partition": ["method.target=null"],
     "atlas_tta": ["method.target=null"],
+    "task_negation": ["method.target=task0", "method.control=task1"],
 }
 
 
@@ -83,7 +120,9 @@ def context_of(method: StaticMethod, bank: ParameterBank) -> Context:
     """What the method asks to know about the experts, from the zoo's images of tasks by their numbers."""
     zoo = make_zoo(next(iter(bank.pretrained.values())).dtype, num_tasks=3)
 
-    def gathered(replaced: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def gathered(
+        replaced: Mapping[str, Tensor] | None = None, keys: Iterable[str] = tuple(bank.pretrained)
+    ) -> dict[str, Tensor]:
         of_tasks = []
         for task in bank.task_names:
             number = int(task.removeprefix("task")) if task.startswith("task") else 0
@@ -92,9 +131,7 @@ def context_of(method: StaticMethod, bank: ParameterBank) -> Context:
             images, head = torch.cat(zoo.batches[0][number]), zoo.heads[number]
             labels = torch.arange(len(images)) % len(head)
             of_tasks.append(
-                method.statistic(
-                    Expert(task, network, head, images, labels, tuple(bank.pretrained), head.device, "32-true", 4)
-                )
+                method.statistic(Expert(task, network, head, images, labels, tuple(keys), head.device, "32-true", 4))
             )
         return {name: torch.stack([found[name] for found in of_tasks]) for name in of_tasks[0]}
 
@@ -180,11 +217,12 @@ def test_composes_and_instantiates(case: Case) -> None:
 @pytest.mark.parametrize("name", [name for name in METHODS if "scaling" in compose(name).config.method])
 def test_a_search_offers_every_scaling_of_the_grid(name: str, zoo: Zoo) -> None:
     case = compose(name, "method.scaling=search")
-    candidates = list(case.method.candidates(zoo.bank))
+    context = context_of(case.method, zoo.bank)
+    candidates = list(case.method.candidates(zoo.bank, context))
     assert [candidate.scaling for candidate, _ in candidates] == list(case.config.method.grid)
     chosen, merged = candidates[1]
     fixed = compose(name, f"method.scaling={chosen.scaling}").method
-    assert_weights(merged, fixed(zoo.bank), rtol=0, atol=0)
+    assert_weights(merged, fixed(zoo.bank, context), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -256,13 +294,23 @@ def assert_expert(merged: dict[str, Tensor], zoo: Zoo, task: int) -> None:
 
 
 @pytest.mark.parametrize("order", [(2, 0, 1), (1, 0, 2)])
-def test_does_not_depend_on_task_order(case: Case, zoo: Zoo, order: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ORDERED])
+def test_does_not_depend_on_task_order(name: str, zoo: Zoo, order: tuple[int, ...]) -> None:
+    case = compose(name)
     found = case.merged(permuted(zoo.bank, order))
     expected = case.merged(zoo.bank)
     if isinstance(case.method, Individual):
         expected = [expected[index] for index in order]
     for merged, reference in zip(found, expected, strict=True):
         assert_weights(merged, reference, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(ORDERED))
+def test_depends_on_task_order_and_says_so(name: str, zoo: Zoo) -> None:
+    case = compose(name)
+    (merged,), (found,) = case.merged(zoo.bank), case.merged(permuted(zoo.bank, (2, 0, 1)))
+    assert any((merged[key] - found[key]).abs().max() > 1e-4 for key in merged)
+    assert "order of the tasks" in " ".join((type(case.method).__doc__ or "").split())
 
 
 @pytest.mark.parametrize("name", LEARNERS)

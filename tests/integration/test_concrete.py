@@ -113,10 +113,12 @@ def test_coefficients_and_mask_merge_again_to_the_same_model(
 
 
 def test_a_transform_before_the_mask_is_part_of_the_record(adamerge: Run, toy: Path, tmp_path: Path) -> None:
-    ties = ["+method.transform._target_=adamerge.methods.transforms.Ties", "+method.transform.density=0.5"]
+    given = {"density": 0.5, "thresholds": "global", "structural_zeros": 0}
+    ties = ["+method.transform._target_=adamerge.methods.transforms.Ties"]
+    ties += [f"+method.transform.{option}={value}" for option, value in given.items()]
     options = [METHOD, *ties, "export.figures=false", *EXACT]
     adamerge(*options, "trainer.max_steps=3", *on(toy, tmp_path / "run"))
-    assert transform_of(tmp_path / "run")["before"] == {"name": "ties", "density": 0.5}
+    assert transform_of(tmp_path / "run")["before"] == {"name": "ties", **given}
     file = tmp_path / "run" / "coefficients.safetensors"
     adamerge(*options, f"method.coefficients={file}", *on(toy, tmp_path / "again"))
     expected, found = merged_in(tmp_path / "run"), merged_in(tmp_path / "again")

@@ -5,6 +5,8 @@ from math import log
 import torch
 from torch import Tensor, nn
 
+from adamerge.methods.slerp import angle, join, unit_gram
+
 
 class Slerp(nn.Module):
     """A constraint: weights a_1, …, a_K > 0 and a norm s → λ = s · c(a), where Σ_k c_k τ_k = V_K and
@@ -27,10 +29,8 @@ class Slerp(nn.Module):
 
     def __init__(self, gram: Tensor) -> None:
         super().__init__()
-        largest = gram.diagonal(dim1=1, dim2=2).amax(1)  # (G,); the size of the vectors is of no account
-        scaled = gram / torch.where(largest > 0, largest, 1)[:, None, None]
         self.gram: Tensor
-        self.register_buffer("gram", scaled.to(torch.get_default_dtype()), persistent=False)
+        self.register_buffer("gram", unit_gram(gram).to(torch.get_default_dtype()), persistent=False)
 
     def __str__(self) -> str:
         return "slerp"
@@ -51,7 +51,7 @@ class Slerp(nn.Module):
         joined, square = self._first(coefficients)
         for task in range(1, len(coefficients)):
             # βα and (1 - β)α are the angles between τ_i's direction, V_{i-1}'s, and that of their sum.
-            cosine, sine, linear = self._angle(joined, square)
+            cosine, sine, linear = angle(joined, square, self.gram, parallel=_parallel(square))
             added = coefficients[task]
             new = torch.where(linear, added, torch.atan2(added * sine, norm + added * cosine))
             old = torch.where(linear, norm, torch.atan2(norm * sine, added + norm * cosine))
@@ -71,31 +71,12 @@ class Slerp(nn.Module):
 
     def _join(self, coefficients: Tensor, square: Tensor, odds: Tensor) -> tuple[Tensor, Tensor]:
         """V_i's coefficients (i, G) and ‖V_i‖² (G,) from V_{i-1}'s and log(β / (1 - β)), (G,)."""
-        task = len(coefficients)
-        cosine, sine, linear = self._angle(coefficients, square)
-        old, new = (-odds).sigmoid(), odds.sigmoid()
-        angle = torch.atan2(sine, cosine)
-        old = torch.where(linear, old, (old * angle).sin() / angle.sin())
-        new = torch.where(linear, new, (new * angle).sin() / angle.sin())
-        crossed = 2 * old * new * self._product(coefficients)
-        square = old.square() * square + new.square() * self.gram[:, task, task] + crossed
-        return torch.cat([old * coefficients, new[None]]), square.clamp(min=0)
+        return join(coefficients, square, self.gram, (-odds).sigmoid(), odds.sigmoid(), parallel=_parallel(square))
 
-    def _angle(self, coefficients: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Cosine and sine of α (G,) between V_{i-1} and τ_i, and where the step is linear; there they are those of a
-        right angle, lest their gradients be infinite."""
-        task = len(coefficients)
-        size = square * self.gram[:, task, task]
-        there = size > 0
-        cosine = self._product(coefficients) / torch.where(there, size, 1).sqrt()
-        linear = ~there | (1 - cosine.square() <= torch.finfo(cosine.dtype).eps ** 0.5)
-        cosine = torch.where(linear, 0, cosine)
-        return cosine, (1 - cosine.square()).sqrt(), linear
 
-    def _product(self, coefficients: Tensor) -> Tensor:
-        """⟨V_{i-1}, τ_i⟩, (G,)."""
-        task = len(coefficients)
-        return (coefficients * self.gram[:, :task, task].T).sum(0)
+def _parallel(like: Tensor) -> float:
+    """sin² of an angle that the dtype no longer tells from none."""
+    return torch.finfo(like.dtype).eps ** 0.5
 
 
 def _log_mean(logarithms: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ class TiesMerging(Scaled):
     """θ₀ + scaling · aggregate of the trimmed task vectors that agree with the elected sign.
 
     Args:
-        density: Fraction of each task vector kept, over all mergeable tensors together.
+        density: Fraction of each task vector kept.
+        thresholds: ``global`` (per task one magnitude for all mergeable tensors together) or ``tensor`` (one for each).
+        structural_zeros: Zeros that a global threshold counts besides, as ``transforms.Magnitude`` takes them.
         aggregation: ``sum``, ``mean`` (over the agreeing entries that are not zero) or ``max`` (largest magnitude).
 
     Differs: the original aggregates by ``mean`` with a searched scaling near 1; AdaMerging and FusionBench, whose
@@ -25,22 +27,28 @@ class TiesMerging(Scaled):
     does not carry over.
 
     Raises:
-        ConfigError: If ``aggregation`` is unknown.
+        ConfigError: If an option is out of range.
 
     Source: TIES-Merging, arXiv:2306.01708.
     """
 
     density: float
+    thresholds: Literal["global", "tensor"]
+    structural_zeros: int
     aggregation: Literal["sum", "mean", "max"]
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.aggregation not in ("sum", "mean", "max"):
             raise ConfigError(f"unknown aggregation '{self.aggregation}'. Choose sum, mean or max.")
+        self._ties()
 
     def fit(self, bank: ParameterBank, context: Context) -> MergeVectors:
-        elect = Ties(self.density).fit(bank)
+        elect = self._ties().fit(bank)
         return lambda key, task_vectors: self._aggregate(elect(key, task_vectors))
+
+    def _ties(self) -> Ties:
+        return Ties(self.density, self.thresholds, self.structural_zeros)
 
     def _aggregate(self, task_vectors: Tensor) -> Tensor:
         """(K, *shape) → (*shape)."""

@@ -1,5 +1,6 @@
 """Finding, composing, checking and resuming configurations."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def test_every_yaml_file_is_an_option_a_command_or_what_options_share() -> None:
     assert files == {"train", "evaluate", "finetune"} | {f"{group}/{name}" for group, name in groups()} | shared
     for part in shared:
         group, name = part.split("/", 1)
-        assert any(f"  - {name}\n" in file.read_text() for file in (config_dir() / group).glob("*.yaml")), part
+        taken = re.compile(rf"^  - {name}(@\w+)?$", re.MULTILINE)
+        assert any(taken.search(file.read_text("utf-8")) for file in (config_dir() / group).glob("*.yaml")), part
 
 
 def test_options_are_listed_with_their_first_comment() -> None:

@@ -364,7 +364,7 @@ def test_a_targets_candidates_are_judged_without_its_expert() -> None:
         ({"norm": 3}, r"method\.norm is null, 1 or 2, found 3"),
         ({"budget": 0}, r"method\.budget is null or at least 1, found 0"),
         ({"select_every": 0}, r"method\.select_every is null or at least 1, found 0"),
-        ({"target": TARGET, "transform": Ties(density=0.2)}, r"method\.target=task1 leaves .*method\.transform"),
+        ({"target": TARGET, "transform": Ties(0.2, "global", 0)}, r"method\.target=task1 leaves .*method\.transform"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

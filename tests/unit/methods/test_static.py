@@ -74,7 +74,9 @@ def test_pretrained_and_individual(bank: ParameterBank) -> None:
     "make",
     [
         lambda **options: TaskArithmetic(transform=None, **options),
-        lambda **options: TiesMerging(density=0.2, aggregation="sum", transform=None, **options),
+        lambda **options: TiesMerging(
+            density=0.2, thresholds="global", structural_zeros=0, aggregation="sum", transform=None, **options
+        ),
     ],
     ids=["task_arithmetic", "ties"],
 )

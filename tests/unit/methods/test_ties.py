@@ -1,56 +1,45 @@
 """TIES, as a transform and as a merge, against a second implementation by sorting and a matrix worked by hand."""
 
-from collections.abc import Mapping, Sequence
-from math import prod
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import ties as reference
 from torch import Tensor
+from unit.flat_bank import bank_of, flat
 
 from adamerge.bank import ParameterBank
 from adamerge.errors import ConfigError
 from adamerge.methods.static import TiesMerging
 from adamerge.methods.transforms import Ties
-from adamerge.methods.transforms.ties import _threshold
 
 AGGREGATIONS = ["sum", "mean", "max"]
 WORKED = np.stack([reference.flatten(task_vectors) for task_vectors in reference.WORKED_TASK_VECTORS])
 
 
-def bank_of(
-    rows: np.ndarray, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float32
-) -> ParameterBank:
-    """A bank whose θ₀ is zero and whose task vectors are the rows (K, d), cut into tensors in order of sorted keys.
-
-    The tensors are stored in the order of ``shapes``.
-    """
-    matrix = torch.from_numpy(rows).to(dtype)
-    sizes = [prod(shapes[key]) for key in sorted(shapes)]
-    parts = dict(zip(sorted(shapes), matrix.split(sizes, dim=1), strict=True))
-    task_vectors = {key: parts[key].reshape(len(rows), *shape).contiguous() for key, shape in shapes.items()}
-    pretrained = {key: torch.zeros(shape, dtype=dtype) for key, shape in shapes.items()}
-    return ParameterBank(pretrained, task_vectors, tuple(f"task{k}" for k in range(len(rows))))
+def survivors(bank: ParameterBank, density: float, thresholds: str = "global", zeros: int = 0) -> np.ndarray:
+    return flat(bank.transformed(Ties(density, thresholds, zeros).fit(bank)).task_vectors)
 
 
-def flat(task_vectors: Mapping[str, Tensor]) -> np.ndarray:
-    """(K, d) in order of sorted keys."""
-    return (
-        torch.cat([task_vectors[key].reshape(len(task_vectors[key]), -1) for key in sorted(task_vectors)], dim=1)
-        .double()
-        .numpy()
+def merging(
+    density: float, how: str, scaling: float = 1.0, *, thresholds: str = "global", zeros: int = 0
+) -> TiesMerging:
+    return TiesMerging(
+        scaling=scaling,
+        grid=(),
+        transform=None,
+        density=density,
+        thresholds=thresholds,
+        structural_zeros=zeros,
+        aggregation=how,
     )
 
 
-def survivors(bank: ParameterBank, density: float) -> np.ndarray:
-    return flat(bank.transformed(Ties(density).fit(bank)).task_vectors)
-
-
-def merged(bank: ParameterBank, density: float, how: str, scaling: float = 1.0) -> np.ndarray:
-    weights = TiesMerging(scaling=scaling, grid=(), transform=None, density=density, aggregation=how)(bank)
+def merged(bank: ParameterBank, density: float, how: str, scaling: float = 1.0, **options: object) -> np.ndarray:
+    weights = merging(density, how, scaling, **options)(bank)
     return flat({key: tensor[None] for key, tensor in weights.items()})[0]
 
 
@@ -134,10 +123,10 @@ def test_random_matrices(rows: np.ndarray, density: float, data: st.DataObject) 
     bank = bank_of(rows, cut(size, data.draw(st.integers(1, size))))
     experts = [{"all": row} for row in rows]
     found = survivors(bank, density)
-    for how in AGGREGATIONS:
-        selected, total = reference.ties(experts, density, how)
-        np.testing.assert_array_equal(found, selected)
-        np.testing.assert_allclose(merged(bank, density, how), total, rtol=1e-6, atol=0)
+    how = data.draw(st.sampled_from(AGGREGATIONS))
+    selected, total = reference.ties(experts, density, how)
+    np.testing.assert_array_equal(found, selected)
+    np.testing.assert_allclose(merged(bank, density, how), total, rtol=1e-6, atol=0)
 
 
 @given(rows=matrices(st.floats(width=32, min_value=-1e6, max_value=1e6)), density=densities, data=st.data())
@@ -190,60 +179,102 @@ def test_the_bank_stays_and_the_result_is_the_same_every_time() -> None:
     np.testing.assert_array_equal(flat(bank.task_vectors), before)
     assert 0 < (first != 0).sum() < 0.25 * rows.size
 
-    apply = Ties(0.2).fit(bank)
+    apply = Ties(0.2, "global", 0).fit(bank)
     assert bank.transformed(apply, in_place=True) is bank
     np.testing.assert_array_equal(flat(bank.task_vectors), first)
 
 
-# The threshold
-
-DISTRIBUTIONS = {
-    "normal": lambda generator: torch.randn(257, generator=generator),
-    "many zeros": lambda generator: torch.randn(257, generator=generator).relu(),
-    "ties": lambda generator: torch.randint(-4, 5, (257,), generator=generator) / 4,
-    "one bucket of 16 bits": lambda generator: 1 + torch.randint(0, 1 << 15, (257,), generator=generator) * 2.0**-23,
-    "neighbours of a bucket's edge": lambda generator: torch.tensor(
-        [0x3F80FFFF, 0x3F810000, 0x3F810001, 0x3F80FFFE] * 10, dtype=torch.int32
-    ).view(torch.float32),
-    "all magnitudes": lambda generator: (
-        torch.randn(257, generator=generator) * 10.0 ** torch.randint(-38, 38, (257,), generator=generator)
-    ),
-    "subnormal": lambda generator: torch.randint(-50, 50, (257,), generator=generator).float() * 1e-45,
-    "constant": lambda generator: torch.full((20,), -0.1),
-}
+# Thresholds per tensor, and zeros that are not merged
 
 
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_the_threshold_is_exact_at_every_rank(name: str) -> None:
-    values = DISTRIBUTIONS[name](torch.Generator().manual_seed(1))
-    tensors: Sequence[Tensor] = [values[:3].view(3, 1), values[3:10], values[10:]]
-    size = values.numel()
-    ordered = values.abs().sort().values
-    for rank in range(1, size + 1):
-        found = _threshold(iter(tensors), (size - rank + 0.5) / size)
-        assert found.dtype == torch.float32
-        assert found == ordered[rank - 1], rank
+def test_thresholds_per_tensor() -> None:
+    """By the worked matrix: in b.weight ⌊0.2·6⌋ = 1, so task 0's limit is 2 there, and in a.bias ⌊0.2·4⌋ = 0."""
+    bank = bank_of(WORKED, {"b.weight": (2, 3), "a.bias": (4,)})
+    found = survivors(bank, 0.2, "tensor")
+    expected = np.hstack(
+        [reference.select(*elected(reference.trim(part, 0.2))) for part in (WORKED[:, :4], WORKED[:, 4:])]
+    )
+    np.testing.assert_array_equal(found, expected)
+    assert found[0, 6] == 2
+    assert survivors(bank, 0.2)[0, 6] == 0
+    for how in AGGREGATIONS:
+        np.testing.assert_array_equal(merged(bank, 0.2, how, thresholds="tensor"), reference.aggregate(expected, how))
 
 
-@pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 0.999])
-def test_the_threshold_of_many_entries_is_kthvalue(density: float) -> None:
-    values = torch.randn(300_000, generator=torch.Generator().manual_seed(2)) * 1e-3
-    expected = values.abs().kthvalue(values.numel() - int(density * values.numel())).values
-    assert _threshold(values.split([100_000, 1, 199_999]), density) == expected
+def elected(trimmed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Trimmed vectors and signs that take the majority of the worked matrix, +, where they cancel."""
+    signs = np.sign(trimmed.sum(axis=0))
+    return trimmed, np.where(signs == 0, 1, signs)
+
+
+@settings(max_examples=40)
+@given(rows=matrices(small_integers | halves), density=densities, zeros=st.integers(1, 40), data=st.data())
+def test_structural_zeros_are_a_tensor_of_zeros(
+    rows: np.ndarray, density: float, zeros: int, data: st.DataObject
+) -> None:
+    shapes = cut(rows.shape[1], data.draw(st.integers(1, rows.shape[1])))
+    padded = np.hstack([rows, np.zeros((len(rows), zeros))])
+    expected, total = reference.ties([{"all": row} for row in padded], density, "sum")
+    bank = bank_of(rows, shapes)
+    np.testing.assert_array_equal(survivors(bank, density, zeros=zeros), expected[:, :-zeros])
+    np.testing.assert_allclose(merged(bank, density, "sum", zeros=zeros), total[:-zeros], rtol=1e-6, atol=0)
+
+
+def test_the_share_of_zeros_of_the_original_keeps_a_quarter_more() -> None:
+    # 22.6 % zeros: 20 % of all entries are 25.8 % of the others (SPECS, section 0).
+    rows = np.random.default_rng(0).normal(size=(1, 7744))
+    bank = bank_of(rows, {"a": (88, 88)})
+    assert (survivors(bank, 0.2, zeros=2256) != 0).sum() == 2001
+    assert (survivors(bank, 0.2) != 0).sum() == 1549
+
+
+def test_the_bank_is_read_three_times() -> None:
+    """Twice for the thresholds of all tasks, once for the majority; never as a whole."""
+
+    class Counted(Mapping[str, Tensor]):
+        reads = 0
+
+        def __getitem__(self, key: str) -> Tensor:
+            Counted.reads += 1
+            return source[key]
+
+        def __iter__(self):
+            return iter(source)
+
+        def __len__(self) -> int:
+            return len(source)
+
+    bank = bank_of(WORKED, {"b.weight": (2, 3), "a.bias": (4,)})
+    source = bank.task_vectors
+    Ties(0.2, "global", 0).fit(ParameterBank(bank.pretrained, Counted(), bank.task_names))
+    assert Counted.reads == 3 * len(source)
+
+
+# Options
 
 
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.001, 20])
 def test_a_density_out_of_range_is_refused(density: float) -> None:
     with pytest.raises(ConfigError, match=r"in \(0, 1\]; found"):
-        Ties(density)
+        Ties(density, "global", 0)
     with pytest.raises(ConfigError, match=r"in \(0, 1\]; found"):
-        merged(bank_of(WORKED, {"a": (10,)}), density, "sum")
+        merging(density, "sum")
 
 
 def test_an_unknown_aggregation_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"unknown aggregation 'median'\. Choose sum, mean or max"):
-        TiesMerging(scaling=0.3, grid=(), transform=None, density=0.2, aggregation="median")
+        merging(0.2, "median")
+
+
+def test_unknown_thresholds_and_zeros_that_no_threshold_sees_are_refused() -> None:
+    with pytest.raises(ConfigError, match="'global' or per 'tensor', found 'layer'"):
+        Ties(0.2, "layer", 0)
+    with pytest.raises(ConfigError, match="is a count, 0 or more; found -1"):
+        Ties(0.2, "global", -1)
+    with pytest.raises(ConfigError, match="Set structural_zeros=0 or thresholds=global"):
+        merging(0.2, "sum", thresholds="tensor", zeros=5)
 
 
 def test_its_record_names_it_and_its_options() -> None:
-    assert Ties(0.2).to_json() == {"name": "ties", "density": 0.2}
+    expected = {"name": "ties", "density": 0.2, "thresholds": "global", "structural_zeros": 7}
+    assert Ties(0.2, "global", 7).to_json() == expected
