@@ -52,7 +52,9 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--only", nargs="*", help="methods; all that need no data by default; none: write the table")
     arguments = parser.parse_args()
-    names = [name for name, row in statics().items() if row.data == "none" and name != "individual"]
+    names = [
+        name for name, row in statics().items() if not row.anew and "searched" not in name and name != "individual"
+    ]
     names = names if arguments.only is None else arguments.only
     record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if names:
@@ -64,7 +66,7 @@ def main() -> None:
         method = hydra.utils.instantiate(compose_config("train", [f"method={name}"])[0].method)
         forget_peak()
         begin = time.perf_counter()
-        merged = method(bank)
+        _, merged = next(method.candidates(bank))  # with the first scaling, where it is searched for
         seconds, peak = time.perf_counter() - begin, resident_peak()
         finite = all(tensor.isfinite().all() for tensor in merged.values())
         del merged

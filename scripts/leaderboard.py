@@ -88,6 +88,7 @@ def statics() -> dict[str, Experiment]:
             continue
         statistic = getattr(method, "statistic", None)
         data = {"nothing": "none"}.get(statistic.needs, statistic.needs) if statistic else "none"
+        data = "labels" if config.method.get("scaling") == "search" else data
         seeds = 3 if statistic or "seed" in config.method or "seed" in (config.method.get("transform") or {}) else 1
         found[name] = Experiment((f"method={name}",), data, seeds, anew=statistic is not None)
         if name in SEARCHED:

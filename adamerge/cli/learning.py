@@ -34,6 +34,12 @@ from adamerge.tasks.datasets import ImageSet
 from adamerge.tasks.problem import Problem
 from adamerge.tasks.views import RandomView
 
+FEW_IMAGES = 100
+"""Of a task: with fewer, coefficients are soon learned that are good for no other images. Then half are held out."""
+
+CANDIDATES_EVERY = 10
+"""Steps between two iterates that are compared on images held out."""
+
 
 def learn_coefficients(
     method: Learner, problem: Problem, config: DictConfig, run_dir: Path, method_name: str, evaluator: Evaluator
@@ -59,7 +65,9 @@ def learn_coefficients(
         return model.weights(), saved, None
     objective = hydra.utils.instantiate(config.objective)
     tasks = method.learns_from(problem.bank.task_names)
-    data = _images(objective, tasks, problem, config, evaluator, method.draws(config.trainer.max_steps))
+    held_out = bool(method.starts) and _has_few(problem, tasks)
+    draws = method.draws(config.trainer.max_steps)
+    data = _images(objective, tasks, problem, config, evaluator, draws, held_out=held_out)
     selection = _selection(method, objective, tasks, problem, config, evaluator)
     bank = _transformed(method, problem.bank)
     losses = TaskLosses(
@@ -108,6 +116,7 @@ def learn_coefficients(
                 penalty=method.penalty,
                 starts=method.starts,
                 selection=selection,
+                held_out_every=CANDIDATES_EVERY if held_out else None,
                 resume=config.resume is not None,
                 callbacks=[progress_bar()],
                 logger=make_logger(save_dir=run_dir) if make_logger else False,
@@ -139,9 +148,19 @@ def _transformed(method: Learner, bank: ParameterBank) -> ParameterBank:
 
 
 def _images(
-    objective: Objective, tasks: Sequence[str], problem: Problem, config: DictConfig, evaluator: Evaluator, draws: int
+    objective: Objective,
+    tasks: Sequence[str],
+    problem: Problem,
+    config: DictConfig,
+    evaluator: Evaluator,
+    draws: int,
+    *,
+    held_out: bool,
 ) -> TaskImages:
-    """The images that are learned from, with what the objective needs to know about them in so many draws, no more."""
+    """The images that are learned from, with what the objective needs to know about them in so many draws, no more.
+
+    With ``held_out`` some of them are kept to compare iterates on.
+    """
     options: dict[str, Any] = {
         "images_per_batch": config.data.images_per_batch,
         "batches_per_step": config.data.batches_per_step,
@@ -160,6 +179,8 @@ def _images(
     images = {task: problem.unlabeled[task].images for task in tasks}
     data = TaskImages(images, {task: problem.adapt_indices[task] for task in tasks}, **options)
     data.view, data.on_device = view, config.data.on_device
+    if held_out:
+        data.hold_out()
     if isinstance(objective, FixMatch):
         data.trusted_share = objective.trusted_share
     if objective.needs == "experts":
@@ -178,6 +199,19 @@ def _images(
             batch_size=evaluator.batch_size,
         )
     return data
+
+
+def _has_few(problem: Problem, tasks: Sequence[str]) -> bool:
+    """Whether a task has few images to adapt on, of which some are not scored, or others are."""
+    splits = {task.name: task.splits for task in problem.suite.tasks}
+    return any(
+        len(problem.adapt_indices[task]) < FEW_IMAGES
+        and (
+            splits[task].adapt != splits[task].evaluate
+            or not torch.equal(problem.score_indices[task], problem.adapt_indices[task])
+        )
+        for task in tasks
+    )
 
 
 def _learned_rows(task: str, labelled: ImageSet, config: DictConfig) -> Tensor:

@@ -80,6 +80,7 @@ def learn(
     penalty: Callable[[Tensor, Tensor], Tensor | None] = lambda coefficients, raw: None,
     starts: Sequence[float] = (),
     selection: Selection | None = None,
+    held_out_every: int | None = None,
     callbacks: Iterable[Callback] = (),
     logger: Any = False,
 ) -> Learned:
@@ -103,6 +104,7 @@ def learn(
             schedule=schedule,
             starts=starts,
             selection=selection,
+            held_out_every=held_out_every,
         ),
         data,
         run_dir=run_dir,

@@ -39,6 +39,8 @@ class CoefficientLearner(pl.LightningModule):
         starts: Constant λ to compare on the draws ``HELD_OUT``: learning starts from the one of least loss, and the
             result is that one again if learning has only raised the loss. None: learning starts as it is.
         selection: Chooses the result among the iterates; without one it is the last.
+        held_out_every: Without a selection the result is the iterate, of the start and of every so many steps, of least
+            loss on the draws ``HELD_OUT``; None: it is the last.
         max_steps: Rows of the history.
         check_every: Steps between two looks at the device for a loss that is not finite.
     """
@@ -56,6 +58,7 @@ class CoefficientLearner(pl.LightningModule):
         schedule: Schedule,
         starts: Sequence[float] = (),
         selection: Selection | None = None,
+        held_out_every: int | None = None,
         max_steps: int,
         check_every: int,
     ) -> None:
@@ -69,6 +72,7 @@ class CoefficientLearner(pl.LightningModule):
         self._schedule = schedule
         self._starts = starts
         self._selection = selection
+        self._candidates_every = selection.every if selection is not None else held_out_every
         self._check_every = check_every
         self._compute: Callable[[Tensor, Batch], tuple[Tensor, ...]] = self._losses_and_gradient
         self.losses: Tensor
@@ -82,7 +86,7 @@ class CoefficientLearner(pl.LightningModule):
         self.end: Tensor
         self.register_buffer("end", torch.tensor(max_steps))
         self._end = max_steps  # the same, where it can be read without waiting for the device
-        if selection is not None:
+        if self._candidates_every is not None:
             self.best: Tensor
             self.best_merit: Tensor
             self.register_buffer("best", parameters_to_vector(coefficients.parameters()).detach().clone())
@@ -199,10 +203,11 @@ class CoefficientLearner(pl.LightningModule):
     @torch.no_grad()
     def _select(self, steps: int) -> None:
         """After some steps keep the coefficients if they are the best candidate so far; stop if they are unfit."""
-        if self._selection is None or (steps % self._selection.every and steps != self._end):
+        every = self._candidates_every
+        if every is None or (steps % every and steps != self._end):
             return
         self.model.update(self.coefficients())
-        merit = self._selection(self.model)
+        merit = self._selection(self.model) if self._selection is not None else -self._held_out_loss()
         if merit is None:
             self._stop(steps)
         elif (worth := torch.tensor(merit)) > self.best_merit.cpu():
@@ -212,7 +217,7 @@ class CoefficientLearner(pl.LightningModule):
     @torch.no_grad()
     def result(self) -> Tensor:
         """λ (K, G) of the selected iterate, or of the last one."""
-        if self._selection is not None:
+        if self._candidates_every is not None:
             vector_to_parameters(self.best.clone(), self.coefficients.parameters())
         return self.coefficients()
 

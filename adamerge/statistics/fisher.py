@@ -102,10 +102,8 @@ class Fisher:
             head: W, float64 (C, d).
             generator: Of random signs or the label.
         """
-        logits = head @ features
-        chances = logits.softmax(0)
-        shifted = head - head[logits.argmax()]  # so that no difference cancels where one class has nearly all of p
-        scores = shifted - chances @ shifted  # (C, d), ∂ log p_c / ∂f
+        chances = (head @ features).softmax(0)
+        scores = head - chances @ head  # (C, d), ∂ log p_c / ∂f
         if self.form == "sampled":
             return scores[torch.multinomial(chances, 1, generator=generator)]
         rows = chances.sqrt()[:, None] * scores

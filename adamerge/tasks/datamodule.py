@@ -24,7 +24,7 @@ known about the images, by name (n, …)."""
 _READER = ThreadPoolExecutor(1, "batches")
 
 HELD_OUT = range(-4, 0)
-"""Draws that no step makes, to compare coefficients on."""
+"""Draws that no step makes, to compare coefficients on; of images that no step sees only after ``hold_out``."""
 
 
 def generator_for(*parts: object) -> torch.Generator:
@@ -129,6 +129,7 @@ class TaskImages(pl.LightningDataModule):
         if images_per_batch < 1 or batches_per_step < 1:
             raise ConfigError("data.images_per_batch and data.batches_per_step are at least 1.")
         self._images, self._indices = images, indices
+        self._held_out: Mapping[str, Tensor] = indices
         self.targets: Mapping[str, Mapping[str, Tensor]] = {task: {} for task in images}
         self.on_device = False
         self.view: RandomView | None = None
@@ -138,6 +139,15 @@ class TaskImages(pl.LightningDataModule):
         self._images_per_batch, self._batches_per_step = images_per_batch, batches_per_step
         self._seed = seed
 
+    def hold_out(self) -> None:
+        """Keep half of each task's images for the draws ``HELD_OUT``, so that no step sees them."""
+        held, left = {}, {}
+        for task, usable in self._indices.items():
+            order = torch.randperm(len(usable), generator=generator_for("hold out", self._seed, task))
+            half = len(usable) // 2
+            held[task], left[task] = usable[order[:half]] if half else usable, usable[order[half:]]
+        self._held_out, self._indices = held, left
+
     @property
     def steps_per_pass(self) -> int:
         """In how many steps all images of every task could be seen once."""
@@ -146,7 +156,7 @@ class TaskImages(pl.LightningDataModule):
 
     def draw(self, task: str, step: int) -> Sequence[Tensor]:
         """Indices of one task's batches at one step, over all ranks: each (≤ images_per_batch,)."""
-        usable = self._indices[task]
+        usable = (self._held_out if step in HELD_OUT else self._indices)[task]
         order = torch.randperm(len(usable), generator=generator_for("step", self._seed, task, step))
         if self.trusted_share is None:
             return usable[order[: self._images_per_batch * self._batches_per_step]].split(self._images_per_batch)

@@ -114,6 +114,19 @@ def test_a_new_run_in_an_old_folder_starts_anew(adamerge: Run, toy: Path, tmp_pa
     assert torch.equal(learned, torch.full_like(learned, 0.3))
 
 
+@pytest.mark.parametrize("adapt", ["all", "half"])
+def test_few_images_that_are_not_those_scored_are_not_overfitted(
+    adapt: str, adamerge: Run, toy: Path, tmp_path: Path
+) -> None:
+    # At this rate learning goes nowhere. Where half of the few images are held out, they tell.
+    rate = ["optimizer.lr=20", "trainer.max_steps=10", "method.grid=[0.3]"]
+    adamerge("method=adamerge", f"data.adapt={adapt}", *rate, *on(toy, tmp_path / "run"))
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    learned = load_file(tmp_path / "run" / "coefficients.safetensors")["coefficients"]
+    assert ("best" in state) == (adapt == "half")
+    assert adapt == "all" or torch.equal(learned, torch.full_like(learned, 0.3))
+
+
 def test_saved_coefficients_refuse_another_base(run_dir: Path, adamerge: Run, tmp_path: Path) -> None:
     other = make_suite(tmp_path / "other", images=6, seed=5)
     file = run_dir / "coefficients.safetensors"

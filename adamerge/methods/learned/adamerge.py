@@ -16,7 +16,9 @@ class AdaMerge(Learner):
     Agreement (``objectives.Alignment``) has its least value where every task's predictions are its expert's, which is
     what a merge is for; so more coefficients mean a better merge, not a worse one. Here every row of a matrix, which
     is an output channel of its layer, has a λ per task, without bounds. Learning starts from the constant λ that
-    agrees best, 0 (the pretrained model) among them, and the result is that one should learning end above it.
+    agrees best, 0 (the pretrained model) among them, and the result is that one should learning end above it. Where a
+    task has fewer than 100 images, and they are not just those that are scored, half are held out, and the result is
+    the iterate that agrees best on them.
 
     Args:
         granularity: As ``Partition.build`` takes it.

@@ -135,6 +135,7 @@ def fit(
     task_weights: dict[str, float] | None = None,
     fuse_tasks: Any = True,
     check_every: int = 10,
+    held_out_every: int | None = None,
     data: TaskImages | None = None,
     precision: str = "32-true",
     accelerator: str = "cpu",
@@ -151,6 +152,7 @@ def fit(
         schedule=schedule,
         max_steps=steps,
         check_every=check_every,
+        held_out_every=held_out_every,
     )
     trainer = make_trainer(
         max_steps=steps,
@@ -241,6 +243,17 @@ def test_the_order_in_which_tasks_come_out_of_the_data_does_not_matter(setting: 
     for fuse_tasks in (False, True):
         found = fit(setting, 3, data=reversed_data, fuse_tasks=fuse_tasks)
         torch.testing.assert_close(found.raw, expected.raw, rtol=1e-5, atol=0)
+
+
+def test_the_result_is_the_iterate_that_does_best_on_the_draws_held_out(setting: Setting) -> None:
+    rising = fit(setting, 12, optimizer=partial(torch.optim.SGD, lr=0.1, maximize=True), held_out_every=4)
+    last = rising.learner.coefficients().detach().clone()
+    assert (rising.learner.result() == 0.3).all()
+    assert (last != 0.3).any()
+    falling = fit(setting, 10, optimizer=partial(torch.optim.SGD, lr=0.1), held_out_every=4)
+    at_the_end = fit(setting, 10, optimizer=partial(torch.optim.SGD, lr=0.1)).learner
+    assert torch.equal(falling.learner.result(), at_the_end.result())
+    assert torch.equal(at_the_end.result(), at_the_end.coefficients())
 
 
 # What it trains, and what not

@@ -203,6 +203,21 @@ def test_the_draws_held_out_are_those_of_no_step() -> None:
     assert [len(batch) for batch in module.draw("a", -1)] == [16, 16]  # of the size of a step's
 
 
+@pytest.mark.parametrize(("count", "half"), [(1, 1), (2, 1), (9, 4), (100, 50)])
+def test_images_held_out_are_seen_by_no_step(count: int, half: int) -> None:
+    module, again = make({"t": count}), make({"a": 5, "t": count})
+    module.hold_out()
+    again.hold_out()
+    kept, seen = (
+        {index for step in steps for batch in drawn(module, "t", step) for index in batch}
+        for steps in (HELD_OUT, range(60))
+    )
+    assert len(kept) == half
+    assert kept | seen == set(range(count)) == set(module.drawn("t", 60).tolist())
+    assert kept == seen if count == 1 else not kept & seen
+    assert all(drawn(module, "t", step) == drawn(again, "t", step) for step in range(-4, 4))
+
+
 @pytest.mark.parametrize(("per_batch", "batches", "expected"), [(16, 2, 4), (100, 1, 1), (101, 1, 1), (33, 1, 4)])
 def test_a_pass_takes_as_many_steps_as_the_largest_task_needs(per_batch: int, batches: int, expected: int) -> None:
     assert make(images_per_batch=per_batch, batches_per_step=batches).steps_per_pass == expected
