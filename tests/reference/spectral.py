@@ -5,7 +5,7 @@ They hold for matrices of full rank: below that the published code's result depe
 """
 
 from collections.abc import Mapping, Sequence
-from math import sqrt
+from math import cos, pi, sin, sqrt
 
 import numpy as np
 
@@ -119,6 +119,32 @@ def low_rank(matrix: np.ndarray, rank: int) -> np.ndarray:
 #   Δ = U⊥ diag(4, 5).
 TSV_TASK_VECTORS = (((4.0, 0.0), (0.0, 1.0)), ((-0.8, 3.0), (0.6, 4.0)))
 TSV_MERGED = ((12 / sqrt(10), 5 / sqrt(10)), (-4 / sqrt(10), 15 / sqrt(10)))
+
+# R-TSVM by hand: K = 2 tasks, 3 x 3, outlier_deviations 1, outlier_weight .5, negligible .5.
+#
+#   τ₁ = diag(8, 2, 2): magnitudes of mean 12/9 = 1.33 and variance 72/9 - 1.33² = 6.22, so that 8 lies above
+#   1.33 + 2.49 and becomes 4. Three entries are above .67.
+#   τ₂: two rows of ones, one of them with a minus: mean 6/9 and variance 6/9 - 36/81 = 2/9; 1 lies below .67 + .47 and
+#   stays. Six entries are above .33. The ranks are ⌊3 · 3/9⌋ = 1 and ⌊3 · 6/9⌋ = 2 (TSV-Merge's would be 1 and 1).
+#   Triplets: e₁, 4, e₁ of task 1; and of task 2, whose rows r and r' have rr = r'r' = 3 and rr' = 1: from their sum
+#   (e₂ + e₃)/√2, √(3 + 1) = 2, (1, 1, 0)/√2, and from their difference (e₂ - e₃)/√2, √(3 - 1), e₃.
+#   U is orthogonal. Of V's columns two are 45° apart: both are turned by 22.5°, away from each other, to
+#   (c, -s, 0) and (s, c, 0) with c and s the cosine and sine of π/8.
+#   Δ = 4 e₁ (c, -s, 0) + √2 (e₂ + e₃) (s, c, 0) + (e₂ - e₃) e₃ᵀ.
+R_TSVM_TASK_VECTORS = (
+    ((8.0, 0.0, 0.0), (0.0, 2.0, 0.0), (0.0, 0.0, 2.0)),
+    ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (1.0, 1.0, -1.0)),
+)
+R_TSVM_OPTIONS = (1.0, 0.5, 0.5)
+R_TSVM_MERGED = (
+    (4 * cos(pi / 8), -4 * sin(pi / 8), 0.0),
+    (sqrt(2) * sin(pi / 8), sqrt(2) * cos(pi / 8), 1.0),
+    (sqrt(2) * sin(pi / 8), sqrt(2) * cos(pi / 8), -1.0),
+)
+
+# Low rank by hand: the larger triplet of τ₂ of TSV-Merge above, (.6, .8), 5, e₂; its Σσ² is 26, of which 25 are kept.
+LOW_RANK_MATRIX = TSV_TASK_VECTORS[1]
+LOW_RANK_KEPT = ((0.0, 3.0), (0.0, 4.0))
 
 # Iso-C by hand: Στ = [[1, .6], [0, .8]], with U Vᵀ = (3, 1; -1, 3)/√10 from above. For a positive determinant
 # (σ₁ + σ₂)² = ‖·‖² + 2 det = 1 + .36 + .64 + 1.6 = 3.6, so that σ̄ = √3.6/2 and σ̄ U Vᵀ = .3 (3, 1; -1, 3).

@@ -117,13 +117,15 @@ class Doge(Scaled):
     def _correction(self, task_vectors: Tensor, factors: Tensor, shared: Tensor) -> Tensor:
         """Δ, (m, n); of task vectors (K, m, n), λ (K,) and P (m, q)."""
         summed = factors.sum()
-        missing = torch.einsum("kmn,kmn->km", task_vectors, task_vectors)  # what is lost of each row where Δ = 0
-        missing -= torch.einsum("kmn,mn->km", task_vectors, torch.einsum("k,kmn->mn", factors, task_vectors))
-        correction = torch.zeros_like(task_vectors[0])
-        descent = Adam([correction], lr=self.lr)
+        by_row = task_vectors.transpose(0, 1).contiguous()  # (m, K, n), which both products of a step read at full speed
+        moved = torch.einsum("k,kmn->mn", factors, task_vectors)
+        missing = torch.linalg.vecdot(by_row, by_row).unsqueeze(1)  # (m, 1, K), what is lost of each row where Δ = 0
+        missing -= moved.unsqueeze(1) @ by_row.mT
+        correction = torch.zeros_like(moved)
+        descent = Adam([correction], lr=self.lr, fused=True)
         for _ in range(self.steps):
-            residual = missing - summed * torch.einsum("kmn,mn->km", task_vectors, correction)
-            gradient = torch.einsum("km,kmn->mn", -2 * summed * residual, task_vectors)
+            lost = missing - summed * (correction.unsqueeze(1) @ by_row.mT)
+            gradient = ((-2 * summed * lost) @ by_row).squeeze(1)  # (m, n)
             correction.grad = torch.addmm(gradient, shared, shared.mT @ gradient, alpha=-1)
             descent.step()
         return correction.detach()

@@ -17,7 +17,9 @@ from adamerge.methods.static.tsv import join
 
 @dataclass(frozen=True, kw_only=True)
 class IsoC(Scaled):
-    """Per matrix σ̄ U Vᵀ, where Σ_k τ_k = U diag(σ) Vᵀ and σ̄ is the mean of σ; any other tensor (1/K) Σ_k τ_k.
+    """θ₀ + scaling · Δ, per matrix Δ = σ̄ U Vᵀ, for any other tensor Δ = (1/K) Σ_k τ_k.
+
+    U and V are the singular vectors of Σ_k τ_k = U diag(σ) Vᵀ, and σ̄ is the mean of σ.
 
     Args:
         exclude: Shell patterns of keys whose matrices are merged by the mean, too.
@@ -47,7 +49,7 @@ def _flatten(task_vectors: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class IsoCTS(Scaled):
-    """As Iso-C, with a part of the directions taken from what each task adds to the common ones.
+    """θ₀ + scaling · Δ as in Iso-C, with a part of the directions from what each task adds to the common ones.
 
     Per matrix and with n its smaller side, each task gets s = round((n - ⌊common_fraction · n⌋)/K) directions and the
     common part the other n - K s: those of the largest singular values of Σ_k τ_k, U_c its left vectors. A task's own

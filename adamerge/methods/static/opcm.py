@@ -3,12 +3,13 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adamerge.bank import ParameterBank
-from adamerge.errors import ConfigError, KeyMismatchError, shortlist
+from adamerge.errors import CheckpointError, ConfigError, KeyMismatchError, shortlist
 from adamerge.methods.matrices import blocks_of, check_patterns, nonzero, svd
 from adamerge.methods.protocol import Context
 from adamerge.methods.static.scaling import MergeVectors, Scaled
@@ -16,14 +17,15 @@ from adamerge.methods.static.scaling import MergeVectors, Scaled
 
 @dataclass(frozen=True, kw_only=True)
 class Opcm(Scaled):
-    """Δ₁ = τ₁, Δ_t = (λ_{t-1} Δ_{t-1} + τ̃_t)/λ_t; λ_t makes the norm of Δ_t, over all tensors, the mean of ‖τ_1..t‖.
+    """θ₀ + scaling · Δ_K, where Δ₁ = τ₁ and Δ_t = (λ_{t-1} Δ_{t-1} + τ̃_t)/λ_t.
 
-    Per matrix, with Δ_{t-1} = U diag(σ) Vᵀ and r the number of leading σ whose shares of Σσ add up to at most
-    dominant_share: τ̃ is τ without the leading r x r block of Uᵀ τ V and without its diagonal. Other tensors: τ̃ = τ.
-    The result depends on the order of the tasks. Since λ_t Δ_t = τ₁ + τ̃₂ + … + τ̃_t, and a factor changes neither U, V
-    nor r, every tensor can be merged by itself, and what is left for the end is a single factor.
+    λ_t makes the norm of Δ_t, over all tensors, the mean of ‖τ₁‖, …, ‖τ_t‖. Per matrix, with Δ_{t-1} = U diag(σ) Vᵀ
+    and r the number of leading σ whose shares of Σσ add up to at most dominant_share, τ̃ is τ without the leading r x r
+    block of Uᵀ τ V and without its diagonal. Other tensors: τ̃ = τ. The result depends on the order of the tasks. Since
+    λ_t Δ_t = τ₁ + τ̃₂ + … + τ̃_t, and a factor changes neither U, V nor r, every tensor can be merged by itself, and what
+    is left for the end is a single factor.
 
-    ``ContinualOpcm`` takes experts as they come.
+    A bank holds all experts at once; ``ContinualOpcm`` takes them as they come, and says how.
 
     Args:
         dominant_share: α, of the sum of singular values.
@@ -83,7 +85,7 @@ class Opcm(Scaled):
         """τ̃ of one tensor, given a multiple of Δ_{t-1}; a new tensor unless it is τ itself."""
         options = {"exclude": self.exclude, "split_in_proj": self.split_in_proj}
         before, new = blocks_of(key, total[None], **options), blocks_of(key, task_vector[None], **options)
-        if not before:
+        if not (before and total.any() and task_vector.any()):
             return task_vector
         return torch.cat([self._project(*pair) for pair in zip(before, new, strict=True)], dim=1)[0]
 
@@ -93,8 +95,8 @@ class Opcm(Scaled):
         known = nonzero(values)
         left, values, right = left[:, known], values[known], right[known]
         inner = left.mT @ new[0]  # (r, n)
-        wide = values.double() if values.device.type != "mps" else values
-        leading = int((wide.cumsum(0) <= self.dominant_share * wide.sum()).sum())
+        sums = (values.double() if values.device.type != "mps" else values).cumsum(0)
+        leading = int((sums <= self.dominant_share * sums[-1:]).sum())
         removed = (inner * right).sum(1, keepdim=True) * right  # the diagonal
         removed[:leading] = inner[:leading] @ right[:leading].mT @ right[:leading]
         return new - left @ removed
@@ -103,11 +105,17 @@ class Opcm(Scaled):
 class ContinualOpcm:
     """OPCM for experts that come one at a time; each may be deleted as soon as it has been accepted.
 
-    Beside θ₀ it holds one vector of the model's size and two numbers, however many experts it has seen.
+    >>> continual = ContinualOpcm(method, pretrained)
+    >>> continual.accept(read_checkpoint(Path("mnist.safetensors")))  # whenever one arrives
+    >>> weights = continual.merged()  # of all so far
+    >>> torch.save(continual.state_dict(), "opcm.pt")  # to go on another day: load_state_dict
+
+    Beside θ₀ it holds one vector of the model's size and two numbers, however many experts it has seen. The result is
+    that of ``Opcm`` on a bank of the same experts in the order of their arrival.
 
     Args:
         method: The options; its order and transform have no say.
-        pretrained: θ₀; shared, not copied.
+        pretrained: θ₀, of the keys that are to be merged (``bank.select_keys``) and no others; shared, not copied.
 
     Raises:
         ConfigError: If a pattern of ``exclude`` matches no key.
@@ -123,17 +131,16 @@ class ContinualOpcm:
 
     @torch.no_grad()
     def accept(self, expert: Mapping[str, Tensor]) -> None:
-        """Merge one more expert, given by its weights.
+        """Merge one more expert, given by its weights; other keys than those of θ₀ are ignored.
 
         Raises:
             KeyMismatchError: If it lacks a key of the pretrained model or has another shape there.
+            CheckpointError: If it holds NaN or Inf. After either error it counts as not accepted.
         """
-        if bad := [
-            key for key, base in self.pretrained.items() if key not in expert or expert[key].shape != base.shape
-        ]:
-            raise KeyMismatchError(
-                f"the expert lacks {len(bad)} tensors of the pretrained model, or has them in another shape "
-                f"({shortlist(bad)}). Was it fine-tuned from this model?"
+        self._check(expert, "the expert")
+        if bad := [key for key in self.pretrained if not expert[key].isfinite().all()]:
+            raise CheckpointError(
+                f"the expert holds NaN or Inf in {shortlist(bad)}. Fine-tune it again or leave it out."
             )
         squares = 0.0
         for key, base in self.pretrained.items():
@@ -155,6 +162,31 @@ class ContinualOpcm:
         norm = sum(float(_norm(total)) ** 2 for total in self._sum.values()) ** 0.5
         factor = self.method.scaling * self._norms / self.num_experts / norm if norm else 0
         return {key: base + (self._sum[key] * factor).to(base.dtype) for key, base in self.pretrained.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to go on in another process, beside θ₀: numbers and a dict of tensors, shared, not copied."""
+        return {"num_experts": self.num_experts, "norms": self._norms, "sum": self._sum}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken.
+
+        Raises:
+            KeyMismatchError: If it belongs to another pretrained model's keys or shapes.
+        """
+        self._check(state["sum"], "the saved state")
+        for key, total in self._sum.items():
+            total.copy_(state["sum"][key])
+        self.num_experts, self._norms = state["num_experts"], state["norms"]
+
+    def _check(self, tensors: Mapping[str, Tensor], name: str) -> None:
+        if bad := [
+            key for key, base in self.pretrained.items() if key not in tensors or tensors[key].shape != base.shape
+        ]:
+            raise KeyMismatchError(
+                f"{name} lacks {len(bad)} tensors of the pretrained model, or has them in another shape "
+                f"({shortlist(bad)}). Does it belong to this model?"
+            )
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from adamerge.methods.static.tsv import join
 
 @dataclass(frozen=True, kw_only=True)
 class ReweightedTsvMerging(Scaled):
-    """As TSV-Merge (``TsvMerging``), with each task's matrix reweighted and given a rank of its own.
+    """θ₀ + scaling · Δ as in TSV-Merge (``TsvMerging``), each task's matrix reweighted and given a rank of its own.
 
     [?] Only the paper's abstract was at hand ("outlier weighting and sparsity-aware rank selection"), so this is our
     plainest reading of it, not a reproduction. Entries of τ_k above μ + outlier_deviations · s, mean and standard

@@ -15,7 +15,7 @@ from adamerge.methods.static.scaling import MergeVectors, Scaled
 
 @dataclass(frozen=True, kw_only=True)
 class TsvMerging(Scaled):
-    """Per matrix Δ = U⊥ diag(σ) V⊥ᵀ, any other tensor (1/K) Σ_k τ_k.
+    """θ₀ + scaling · Δ, per matrix Δ = U⊥ diag(σ) V⊥ᵀ, for any other tensor Δ = (1/K) Σ_k τ_k.
 
     Of each τ_k the q = ⌊min(m, n)/K⌋ leading singular triplets are kept. Beside each other, their left vectors are the
     columns of U and their right ones those of V; U⊥ and V⊥ are the nearest matrices with orthonormal columns, so that

@@ -68,7 +68,7 @@ class LowRank:
         """(K, m, n) → (K, m, n)."""
         size = min(matrices.shape[1:])
         if self.rank_share is not None:
-            rank = max(1, int(self.rank_share * size))
+            rank = max(1, int(self.rank_share * size + 1e-9))  # .29 · 100 is a little below 29
             if rank == size:
                 return matrices
             left, values, right = svd(matrices, rank)

@@ -46,6 +46,21 @@ def test_a_share_of_the_rank(shape: tuple[int, int, int], share: float) -> None:
         assert torch.linalg.matrix_rank(own, rtol=1e-4) == rank
 
 
+def test_worked_matrix() -> None:
+    task_vectors = {"weight": torch.tensor([spectral.LOW_RANK_MATRIX])}
+    for transform in (low_rank(0.5), low_rank(energy=25 / 26 - 1e-3)):
+        found = transformed(transform, task_vectors)["weight"][0]
+        torch.testing.assert_close(found, torch.tensor(spectral.LOW_RANK_KEPT), rtol=0, atol=1e-6)
+    whole = transformed(low_rank(energy=25 / 26 + 1e-3), task_vectors)["weight"]
+    torch.testing.assert_close(whole, task_vectors["weight"], rtol=0, atol=1e-6)
+
+
+def test_a_share_is_not_cut_by_the_rounding_of_its_product() -> None:
+    assert int(0.29 * 100) == 28
+    found = transformed(low_rank(0.29), {"weight": random(1, 100, 100)})["weight"]
+    assert torch.linalg.matrix_rank(found, rtol=1e-4).tolist() == [29]
+
+
 def test_the_energy_decides_for_each_task() -> None:
     # Squares 16, 9, 4, 1 of 30: shares .53, .83, .97, 1; and 9 three times and 3 once: .3, .6, .9, 1.
     values = torch.tensor([[4.0, 3.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0**0.5]])

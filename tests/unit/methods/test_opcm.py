@@ -3,17 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from reference import spectral
 from torch import Tensor
 from unit.methods.banks import bank_of, random, vector_of
 from unit.zoo import make_bank
 
 from adamerge.bank import ParameterBank
-from adamerge.errors import ConfigError, KeyMismatchError
+from adamerge.errors import CheckpointError, ConfigError, KeyMismatchError
 from adamerge.methods.static import ContinualOpcm, Opcm
 
 OPCM = Opcm(
@@ -96,6 +99,14 @@ def test_what_is_added_is_orthogonal_to_the_leading_block_and_to_the_diagonal(sh
     kept = (left.mT @ new @ right.mT)[~zero]
     torch.testing.assert_close(inner[~zero], kept, rtol=0, atol=1e-12)
     torch.testing.assert_close(added - left @ left.mT @ added, new - left @ left.mT @ new, rtol=0, atol=1e-12)
+
+
+@given(seed=st.integers(0, 999))
+def test_a_share_of_one_closes_all_of_what_is_merged_already(seed: int) -> None:
+    """Whatever the singular values add up to after rounding."""
+    before, new = random(7, 5, seed=seed).double(), random(7, 5, seed=seed + 1).double()
+    added = replace(OPCM, dominant_share=1).projected("weight", before, new)
+    torch.testing.assert_close(before.mT @ added, torch.zeros(5, 5).double(), rtol=0, atol=1e-10)
 
 
 def test_what_is_merged_already_is_not_added_again() -> None:
@@ -232,6 +243,43 @@ def test_before_the_first_expert_it_is_the_pretrained_model() -> None:
     assert all(torch.equal(tensor, base[key]) for key, tensor in continual.merged().items())
     continual.accept(base)  # τ = 0
     assert all(torch.equal(tensor, base[key]) for key, tensor in continual.merged().items())
+
+
+def test_it_goes_on_in_another_process(tmp_path: Path) -> None:
+    base, arriving = experts(3)
+    first, whole = ContinualOpcm(OPCM, base), ContinualOpcm(OPCM, base)
+    for expert in arriving[:2]:
+        first.accept(expert)
+    torch.save(first.state_dict(), tmp_path / "opcm.pt")
+    second = ContinualOpcm(OPCM, base)
+    state = torch.load(tmp_path / "opcm.pt", weights_only=True)
+    second.load_state_dict(state)
+    for tensor in state["sum"].values():
+        tensor.zero_()  # it was copied
+    assert second.num_experts == 2
+    for continual, new in ((second, arriving[2:]), (whole, arriving)):
+        for expert in new:
+            continual.accept(expert)
+    expected = whole.merged()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in second.merged().items())
+
+    other = ContinualOpcm(OPCM, {**base, "visual.more": torch.zeros(2)})
+    with pytest.raises(KeyMismatchError, match=r"the saved state lacks 1 tensors .*\(visual.more\)"):
+        other.load_state_dict(first.state_dict())
+
+
+def test_an_expert_with_nan_is_refused_and_leaves_no_trace() -> None:
+    base, arriving = experts(2)
+    continual = ContinualOpcm(OPCM, base)
+    continual.accept(arriving[0])
+    expected = continual.merged()
+    broken = {**arriving[1], "visual.wide": torch.full((3, 6), float("nan"))}
+    with pytest.raises(CheckpointError, match=r"NaN or Inf in visual.wide"):
+        continual.accept(broken)
+    assert continual.num_experts == 1
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in continual.merged().items())
+    continual.accept({**arriving[1], "text": torch.ones(3)})  # what is not merged is ignored
+    assert list(continual.merged()) == list(base)
 
 
 def test_an_expert_of_another_model_is_refused() -> None:

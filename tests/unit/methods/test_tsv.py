@@ -17,8 +17,8 @@ from adamerge.methods.static import ReweightedTsvMerging, TsvMerging
 from adamerge.methods.static.tsv import join
 
 
-def tsv(exclude: Sequence[str] = (), *, split_in_proj: bool = False, scaling: float = 1) -> TsvMerging:
-    return TsvMerging(exclude=exclude, split_in_proj=split_in_proj, scaling=scaling, grid=(), transform=None)
+def tsv(exclude: Sequence[str] = (), *, split_in_proj: bool = False) -> TsvMerging:
+    return TsvMerging(exclude=exclude, split_in_proj=split_in_proj, scaling=1, grid=(), transform=None)
 
 
 def reweighted(deviations: float = 3, weight: float = 0.5, negligible: float = 0.1) -> ReweightedTsvMerging:
@@ -145,6 +145,31 @@ def test_a_pattern_that_matches_nothing_is_refused() -> None:
 
 
 # R-TSVM
+
+
+def test_worked_matrix_of_reweighted_tasks() -> None:
+    task_vectors = torch.tensor(spectral.R_TSVM_TASK_VECTORS)
+    found = merged(reweighted(*spectral.R_TSVM_OPTIONS), {"weight": task_vectors})["weight"]
+    torch.testing.assert_close(found, torch.tensor(spectral.R_TSVM_MERGED), rtol=0, atol=2e-6)
+    reference = spectral.reweighted_tsv_merge(
+        [np.array(matrix) for matrix in spectral.R_TSVM_TASK_VECTORS], *spectral.R_TSVM_OPTIONS
+    )
+    np.testing.assert_allclose(reference, spectral.R_TSVM_MERGED, rtol=0, atol=1e-12)
+
+
+def test_one_reweighted_task_keeps_its_matrix_but_for_outliers() -> None:
+    matrix = torch.tensor([[[8.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 2.0]]])
+    found = merged(reweighted(deviations=1, weight=0.25), {"weight": matrix})["weight"]
+    assert torch.equal(found, torch.diag(torch.tensor([2.0, 2.0, 2.0])))
+    assert torch.equal(merged(reweighted(weight=1), {"weight": matrix})["weight"], matrix[0])
+
+
+def test_a_task_that_left_a_matrix_alone_gets_no_rank() -> None:
+    matrices = random(2, 9, 9)
+    with_zero = torch.stack([matrices[0], torch.zeros(9, 9), matrices[1]])
+    method = reweighted(weight=1, negligible=0)
+    found = merged(method, {"weight": with_zero})["weight"]
+    np.testing.assert_allclose(found.numpy(), spectral.tsv_merge(spectral_arrays(matrices), [4, 4]), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("deviations", "weight", "negligible"), [(3, 0.5, 0.1), (1, 0, 0.5), (0, 2, 1)])
