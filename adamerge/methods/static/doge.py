@@ -117,7 +117,7 @@ class Doge(Scaled):
     def _correction(self, task_vectors: Tensor, factors: Tensor, shared: Tensor) -> Tensor:
         """Δ, (m, n); of task vectors (K, m, n), λ (K,) and P (m, q)."""
         summed = factors.sum()
-        by_row = task_vectors.transpose(0, 1).contiguous()  # (m, K, n), which both products of a step read at full speed
+        by_row = task_vectors.transpose(0, 1).contiguous()  # (m, K, n), as both products of a step read it
         moved = torch.einsum("k,kmn->mn", factors, task_vectors)
         missing = torch.linalg.vecdot(by_row, by_row).unsqueeze(1)  # (m, 1, K), what is lost of each row where Δ = 0
         missing -= moved.unsqueeze(1) @ by_row.mT
