@@ -92,8 +92,8 @@ class OptMerge(Scaled):
 
     def _optimizer(self) -> Callable[[list[Tensor]], Optimizer]:
         if self.optimizer == "sgd":
-            return lambda free: SGD(free, lr=self.lr, momentum=self.momentum)
-        return lambda free: Adam(free, lr=self.lr, betas=(self.momentum, 0.999))
+            return lambda free: SGD(free, lr=self.lr, momentum=self.momentum, fused=True)
+        return lambda free: Adam(free, lr=self.lr, betas=(self.momentum, 0.999), fused=True)
 
 
 def _truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

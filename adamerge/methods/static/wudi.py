@@ -70,15 +70,16 @@ class WudiMerging(Scaled):
         loss = Interference(start, ((matrix, matrix / matrix.norm()) for matrix in changed))
         if self.solver == "closed":
             return loss.minimum(self.ridge).to(task_vectors.dtype)
-        return loss.descend(lambda free: Adam(free, lr=self.lr), self.steps, task_vectors.dtype)
+        return loss.descend(lambda free: Adam(free, lr=self.lr, fused=True), self.steps, task_vectors.dtype)
 
 
 class Interference:
     """L(Δ) = Σ_k ‖(Δ - target_k) rows_kᵀ‖², as a quadratic in X = Δ - start.
 
     Its gradient is 2 (C + X H) with H = Σ_k rows_kᵀ rows_k, (n, n), and C = Σ_k (start - target_k) rows_kᵀ rows_k,
-    (m, n). They are computed once; a step of descent is then one product of (m, n) and (n, n) whatever K. Where
-    ``start`` is the target of the only task C is exactly zero, so that nothing moves.
+    (m, n). They are computed once; a step of descent is then one product of (m, n) and (n, n) whatever K, or two
+    smaller ones where all rows together are less than half as many as columns. Where ``start`` is the target of the
+    only task C is exactly zero, so that nothing moves.
 
     Args:
         start: (m, n), float64 where the device has it.
@@ -86,21 +87,29 @@ class Interference:
     """
 
     def __init__(self, start: Tensor, terms: Iterable[tuple[Tensor, Tensor]]) -> None:
+        columns = start.shape[1]
         self.start = start
         self.constant = torch.zeros_like(start)
-        self.gram = start.new_zeros(start.shape[1], start.shape[1])
+        self.gram = start.new_zeros(columns, columns)
+        self.rows: Tensor | None = start.new_zeros(0, columns)  # of all tasks, as long as they are few
         for target, rows in terms:
             gram = rows.mT @ rows
             self.gram += gram
-            self.constant += (start - target) @ gram
+            apart = start - target
+            self.constant += apart @ rows.mT @ rows if 2 * len(rows) < columns else apart @ gram
+            if self.rows is not None:
+                stacked = torch.cat([self.rows, rows])
+                self.rows = stacked if 2 * len(stacked) < columns else None
 
     def descend(self, optimizer: Callable[[list[Tensor]], Optimizer], steps: int, dtype: torch.dtype) -> Tensor:
         """Δ after so many steps from ``start``, (m, n), computed in ``dtype``."""
         moved = torch.zeros_like(self.start, dtype=dtype)
-        constant, gram = 2 * self.constant.to(dtype), 2 * self.gram.to(dtype)
+        constant = 2 * self.constant.to(dtype)
+        right = 2 * (self.gram if self.rows is None else self.rows).to(dtype)
+        left = None if self.rows is None else self.rows.mT.to(dtype)
         descent = optimizer([moved])
         for _ in range(steps):
-            moved.grad = torch.addmm(constant, moved, gram)
+            moved.grad = torch.addmm(constant, moved if left is None else moved @ left, right)
             descent.step()
         return (self.start + moved.detach()).to(dtype)
 

@@ -73,12 +73,23 @@ def test_gradient_of_the_published_loss_equals_the_gram_form(shape: tuple[int, i
     )
 
 
-@pytest.mark.parametrize("shape", [(2, 7, 5), (3, 5, 9), (1, 6, 6), (3, 1, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 7, 5), (3, 5, 9), (1, 6, 6), (3, 1, 4), (3, 3, 20)], ids=str)
 def test_against_the_second_implementation(shape: tuple[int, int, int]) -> None:
     task_vectors = random(*shape)
     expected = reference.wudi(arrays(task_vectors), 0.01, 5)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         np.testing.assert_allclose(merged(task_vectors.to(dtype)), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("shape", "few"), [((3, 3, 20), True), ((4, 3, 20), False), ((1, 10, 20), False)], ids=str)
+def test_rows_stand_for_their_gram_matrix_where_they_are_less_than_half_as_many_as_columns(
+    shape: tuple[int, int, int], few: bool
+) -> None:
+    loss = interference(random(*shape).double())
+    assert (loss.rows is not None) == few
+    if loss.rows is not None:
+        assert len(loss.rows) == shape[0] * shape[1]
+        torch.testing.assert_close(loss.rows.mT @ loss.rows, loss.gram, rtol=0, atol=1e-12)
 
 
 def test_of_the_size_of_real_task_vectors() -> None:
