@@ -48,7 +48,7 @@ SEARCHED = ("task_arithmetic", "ties", "tsv_merge", "iso_c", "iso_cts")
 ABLATION: dict[str, list[str]] = {
     "adamerge": [],
     "one λ per tensor": ["method.granularity=tensor"],
-    "eight λ per tensor": ["method.granularity=chunk(8)"],
+    "eight λ per tensor": ["method.granularity='chunk(8)'"],
     "60 steps": ["schedule.steps=60"],
     "never ends early": ["schedule.patience=0"],
     "λ in [0, 1]": ["method.constraint=clamp"],
