@@ -42,7 +42,7 @@ DEFAULTS = {
         "passes": ["b32"],
         "tasks": [8],
         "partitions": ["task", "tensor", "block", "chunk(8)"],
-        "kernels": ["torch"],
+        "kernels": ["c"],
         "contestants": ["bf16-mixed/bfloat16", "32-true/float32", "reference"],
         "steps": 3,
         "runs_of": [],
@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES))
     parser.add_argument("--partitions", nargs="+")
     parser.add_argument(
-        "--kernels", nargs="+", choices=["triton", "torch"], help="of the passes; triton with --gpu only"
+        "--kernels", nargs="+", choices=["c", "triton", "torch"], help="of the passes; c without --gpu, triton with it"
     )
     parser.add_argument("--steps-of", nargs="*", default=["b32:8"], help="SIZE:TASKS of the steps")
     parser.add_argument("--runs-of", nargs="*", help="SIZE:TASKS of whole runs of 500 steps")
@@ -292,8 +292,8 @@ def main() -> None:
         return
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--gpu needs a CUDA device, and torch finds none. Leave --gpu out to measure on the CPU.")
-    if arguments.device == "cpu" and "triton" in arguments.kernels:
-        parser.error("--kernels triton needs --gpu")
+    if (other := "triton" if arguments.device == "cpu" else "c") in arguments.kernels:
+        parser.error(f"--kernels {other} is not for {arguments.device}")
     if bool(arguments.peer) != bool(arguments.peer_script):
         parser.error("--peer and --peer-script go together")
     for name in ("steps_of", "runs_of"):
@@ -319,8 +319,8 @@ def main() -> None:
     if arguments.device == "cuda":
         chip, device = "gpu", torch.cuda.get_device_name()
     else:
-        chip, device = "cpu", f"{platform.machine()}-{arguments.threads}-threads"
-    name = re.sub(r"\W+", "-", device).lower()
+        chip, device = "cpu", f"{processor()} {arguments.threads} threads"
+    name = re.sub(r"\W+", "-", device).strip("-").lower()
     out = arguments.out or ROOT / "benchmarks" / "results" / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     record = json.loads(out.read_text()) if out.exists() else {}
@@ -343,8 +343,8 @@ def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Both passes over τ for all tensors in one launch, on CUDA devices that have Triton.
+"""Both passes over τ for all tensors in one launch: by Triton on CUDA devices, in C on a CPU (native.py).
 
 Whatever a launch cannot take (other devices and dtypes, partitions whose groups are no segments) is handed back, to be
 done by torch's own operations (kernels.py), which are also the oracle of the tests. Before the first launch for a dtype
-on a device a small case is computed both ways; what fails it is left alone. ADAMERGE_TRITON=0 in the environment does
-the same to all devices.
+on a device a small case is computed both ways; what fails it is left alone. ADAMERGE_KERNELS=torch in the environment
+does the same to all devices.
 """
 
 import logging
@@ -11,12 +11,13 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from adamerge.bank.storage import Rows
+from adamerge.merging import native
 from adamerge.merging.kernels import add_task_vectors, contract_task_vectors
 from adamerge.merging.partition import Partition
 from adamerge.merging.tiles import ALIGN, BLOCK, Tiles, tiles_of
@@ -24,8 +25,8 @@ from adamerge.merging.tiles import ALIGN, BLOCK, Tiles, tiles_of
 _AT_ONCE = 4
 """Tasks whose loads are in flight together."""
 
-_KINDS = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-"""Of task vectors."""
+SMALL = 1 << 20
+"""Entries of τ in all below which a launch on a CPU saves less than its compilation costs."""
 
 _RECENT = 64
 """Tables of addresses that are kept, per table of tiles."""
@@ -39,8 +40,8 @@ _WARPS = {"add": 4, "contract": 2}
 
 def available(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether ``device`` runs our kernels of task vectors in ``dtype`` and gets them right."""
-    allowed = device.type == "cuda" and os.environ.get("ADAMERGE_TRITON") != "0"
-    return allowed and dtype in _KINDS and _works(device, dtype)
+    allowed = device.type in ("cuda", "cpu") and os.environ.get("ADAMERGE_KERNELS") != "torch"
+    return allowed and dtype in native.KINDS and _works(device, dtype)
 
 
 def add_all(
@@ -95,9 +96,13 @@ def contract_all(
 
 
 def _alike(rows: Mapping[str, Rows], partition: Partition) -> dict[str, Rows]:
-    """The tensors that one launch can take: on one device, of one dtype that Triton reads, in segments."""
+    """The tensors that one launch can take: on one device, of one dtype that kernels read, in segments."""
     first = next(iter(rows.values()), None)
-    if first is None or not available(first.values.device, first.values.dtype):
+    if first is None or (
+        first.values.device.type == "cpu" and sum(part.values.numel() for part in rows.values()) < SMALL
+    ):
+        return {}
+    if not available(first.values.device, first.values.dtype):
         return {}
     return {
         key: part
@@ -113,7 +118,7 @@ def _add(
     targets: Mapping[str, tuple[Tensor, Tensor]], rows: Mapping[str, Rows], weights: Tensor, partition: Partition
 ) -> None:
     device = next(iter(rows.values())).values.device
-    tiles = tiles_of(partition, rows, partial(_upload, device=device))
+    tiles = _tiles(rows, partition, device)
     factors = weights.to(device, torch.float32).contiguous()
     tensors = _tensors(tiles, _addresses(targets, rows), device)
     _launch("add", tiles, rows, tensors, factors, *factors.shape)
@@ -121,11 +126,14 @@ def _add(
 
 def _contract(gradients: Mapping[str, Tensor], rows: Mapping[str, Rows], partition: Partition, total: Tensor) -> None:
     device, num_tasks = total.device, total.shape[1]
-    tiles = tiles_of(partition, rows, partial(_upload, device=device))
+    tiles = _tiles(rows, partition, device)
     wide = {key: gradient.to(torch.float32).contiguous() for key, gradient in gradients.items()}
     tensors = _tensors(tiles, _addresses({key: (gradient,) for key, gradient in wide.items()}, rows), device)
     sums = torch.empty(num_tasks, tiles.count, device=device)
     _launch("contract", tiles, rows, tensors, sums, *sums.shape)
+    if _in_c(device):
+        total.index_add_(0, tiles.table[:, 3], sums.t().to(total.dtype))
+        return
     for level, ((bounds, places), width) in enumerate(zip(tiles.levels, tiles.widths, strict=True), 1):
         last = level == len(tiles.levels)
         target = total if last else total.new_zeros(num_tasks, len(places)).t()  # (G or R, K)
@@ -138,13 +146,25 @@ def _contract(gradients: Mapping[str, Tensor], rows: Mapping[str, Rows], partiti
         sums = target.t()
 
 
-def _launch(name: str, tiles: Tiles, rows: Mapping[str, Rows], *arguments: Any) -> None:
+def _tiles(rows: Mapping[str, Rows], partition: Partition, device: torch.device) -> Tiles:
+    return tiles_of(partition, rows, native.BLOCK if _in_c(device) else BLOCK, partial(_upload, device=device))
+
+
+def _in_c(device: torch.device) -> bool:
+    """Whether kernels of ``device`` are those in C; Triton's interpreter runs the others on a CPU, for the tests."""
+    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
+
+
+def _launch(name: Literal["add", "contract"], tiles: Tiles, rows: Mapping[str, Rows], *arguments: Any) -> None:
     """One program per tile."""
     if not tiles.count:
         return
+    first = next(iter(rows.values()))
+    if _in_c(first.values.device):
+        native.run(name, first.values.dtype, tiles.table, *arguments)
+        return
     from adamerge.merging.triton_kernels import STORED
 
-    first = next(iter(rows.values()))
     _kernel(name, (tiles.count,), first.values.device)(
         tiles.table,
         *arguments,
@@ -212,7 +232,7 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
         check(device, dtype)
     except Exception as error:  # of a missing Triton, compiler or driver, or of a wrong result
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        logging.getLogger(__name__).info("no Triton kernels of %s on %s (%s)", dtype, device, reason)
+        logging.getLogger(__name__).info("no kernels of %s on %s (%s)", dtype, device, reason)
         return False
     return True
 
@@ -222,7 +242,7 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
 
     Raises:
         ArithmeticError: If they differ.
-        Exception: Whatever Triton raises where it cannot run.
+        Exception: Whatever Triton, a compiler or the loader raises where it cannot run.
     """
     shapes = {"matrix": (4, 1040), "vector": (33,)}  # with tiles that are aligned and tiles that are not
     partition = Partition.build("chunk(3)", shapes)

@@ -1,15 +1,11 @@
-"""Both passes over the task vectors of one tensor at the speed of memory.
+"""Both passes over the task vectors of one tensor by torch's own operations.
 
-Large tensors on the CPU go through loops that torch.compile generates (no full-size temporary, narrow τ widened in
-registers); small ones, other devices and machines without a C++ compiler take torch's own operations, which are
-also the oracle of the tests. Loops work on rows: a tensor is (R, C), R its first dimension, with one factor
-per row and task, so that groups of whole rows and an int8 τ, which has a scale per row, need no loop of their own.
+They do what no launch takes (fused.py), on any device and in any dtype, and are the oracle of the tests. A tensor is
+(R, C), R its first dimension, with one factor per row and task, so that groups of whole rows and an int8 τ, which has a
+scale per row, need no loop of their own.
 """
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,14 +13,11 @@ from torch import Tensor
 from adamerge.bank.storage import Rows
 from adamerge.merging.partition import Scattered, Segments
 
-SMALL = 1 << 20
-"""Entries of τ below which a generated loop saves less than its compilation costs."""
-
 _BLOCK = 1 << 15
 """A float64 block of eight tasks stays in a CPU core's cache."""
 
 _AT_ONCE = 8
-"""Tasks per generated loop: as many streams as a core reads ahead."""
+"""Tasks that are widened together."""
 
 
 def add_task_vectors(
@@ -58,7 +51,7 @@ def contract_task_vectors(task_vectors: Rows, gradient: Tensor, groups: Segments
         gradient: (n,).
         groups: The map g.
         total: (G, K), float64 where the device has it: λ's gradient is a sum over up to millions of terms that nearly
-            cancel. Generated loops hand over sums of single rows, in float32.
+            cancel.
     """
     for some, sums in _by_tasks(task_vectors, total.t(), gradient.device):
         if isinstance(groups, Scattered):
@@ -76,12 +69,8 @@ def contract_task_vectors(task_vectors: Rows, gradient: Tensor, groups: Segments
 
 def _add_rows(out: Tensor, base: Tensor, part: Rows, factors: Tensor) -> None:
     """out ← base + Σ_k factors · τ_k, for whole rows or a piece of one; factors (K, R), or (K,) for all rows."""
-    num_tasks, rows, columns = part.values.shape
-    if _generated(part.values):
-        factors = factors if factors.dim() == 2 else factors[:, None].expand(num_tasks, rows)
-        factors = factors if part.scales is None else factors * part.scales
-        _loop("add", num_tasks)(out.view(rows, columns), base.view(rows, columns), part.values, factors)
-    elif factors.dim() == 1:
+    _, rows, columns = part.values.shape
+    if factors.dim() == 1:
         block = len(out) if part.values.dtype == base.dtype else _block(out)
         for piece, wide in part.widened(base.dtype, block):
             torch.addmv(base[piece], wide.t(), factors, out=out[piece])
@@ -97,11 +86,6 @@ def _add_rows(out: Tensor, base: Tensor, part: Rows, factors: Tensor) -> None:
 def _contract_rows(part: Rows, gradient: Tensor, dtype: torch.dtype, *, one: bool) -> Tensor:
     """Σ τ_k · gradient over the columns (K, R); with ``one`` over all entries, (K, 1)."""
     num_tasks, rows, columns = part.values.shape
-    if _generated(part.values):
-        narrow = gradient.to(torch.float32).view(rows, columns)
-        sums = _loop("contract", num_tasks)(part.values, narrow).to(dtype)
-        sums = sums if part.scales is None else sums * part.scales
-        return sums.sum(1, keepdim=True) if one else sums
     if one:
         total = gradient.new_zeros(num_tasks, 1, dtype=dtype)
         for piece, wide in part.widened(dtype, _block(gradient)):
@@ -160,49 +144,3 @@ def _together(
         counts = torch.tensor([(stop - start) // columns for start, stop, _ in runs])
         groups = torch.tensor([group for _, _, group in runs]).repeat_interleave(counts)
         yield slice(runs[0][0], runs[-1][1]), groups.to(device)
-
-
-def _generated(values: Tensor) -> bool:
-    """Whether a generated loop should run on these task vectors (K, R, C)."""
-    worthwhile = values.numel() >= SMALL and values.shape[2] >= 64 and values.dtype != torch.float64
-    return worthwhile and values.device.type == "cpu" and can_generate()
-
-
-@cache
-def can_generate() -> bool:
-    """Whether this machine can compile loops: tried once, on a loop of one task."""
-    try:
-        out = torch.empty(2, 64)
-        _loop("add", 1)(out, torch.zeros(2, 64), torch.ones(1, 2, 64), torch.ones(1, 2))
-    except Exception as error:  # inductor reports a missing compiler in many ways
-        logging.getLogger(__name__).info("no generated loops on this machine (%s)", type(error).__name__)
-        return False
-    return bool((out == 1).all())
-
-
-@cache
-def _loop(name: str, num_tasks: int) -> Callable:
-    """A compiled loop for a fixed number of tasks."""
-    source = {"add": _add, "contract": _contract}[name]
-    # A code object of its own, because torch limits the compiled variants (dtypes, aliases) of one.
-    code = source.__code__.replace(co_name=f"{source.__name__}_{num_tasks}")
-    compiled = torch.compile(type(source)(code, source.__globals__), dynamic=True)
-
-    def call(*args: Tensor) -> Tensor:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch.compile about itself
-            return compiled(*args)
-
-    return call
-
-
-def _add(out: Tensor, base: Tensor, task_vectors: Tensor, weights: Tensor) -> None:
-    """(R, C), (R, C), (K, R, C), (K, R)."""
-    for factors, values in zip(weights, task_vectors, strict=True):
-        base = base + factors[:, None] * values.to(base.dtype)
-    out.copy_(base)
-
-
-def _contract(task_vectors: Tensor, gradient: Tensor) -> Tensor:
-    """(K, R, C), (R, C) → (K, R)."""
-    return torch.stack([(values.to(gradient.dtype) * gradient).sum(1) for values in task_vectors])

@@ -17,8 +17,8 @@ from adamerge.merging.fused import add_all, contract_all
 from adamerge.merging.kernels import add_task_vectors, contract_task_vectors
 from adamerge.merging.partition import Partition
 
-_TOGETHER = 1 << 26
-"""Bytes of gradients that a contraction on a GPU waits for: few launches, and little memory that could be free."""
+_TOGETHER = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Bytes of gradients that a contraction waits for: few launches, and little memory that could be free."""
 
 
 def merge(bank: ParameterBank, coefficients: Tensor, partition: Partition) -> dict[str, Tensor]:
@@ -94,11 +94,12 @@ class Contraction:
         self._waiting: dict[str, Tensor] = {}
 
     def add(self, key: str, gradient: Tensor) -> None:
-        """Take one tensor's ∂L/∂θ, of its shape. It must not change until ``result``: on a GPU a few wait together."""
+        """Take one tensor's ∂L/∂θ, of its shape. It must not change until ``result``: a few wait together."""
         if key in self._waiting:
             self._take_waiting()
         self._waiting[key] = gradient
-        if gradient.device.type == "cpu" or sum(tensor.nbytes for tensor in self._waiting.values()) >= _TOGETHER:
+        waiting = sum(tensor.nbytes for tensor in self._waiting.values())
+        if waiting >= _TOGETHER.get(gradient.device.type, 0):
             self._take_waiting()
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """The work of one launch, cut into pieces that a program of a GPU does at once.
 
-A tile is a run of at most ``BLOCK`` entries of one flattened tensor that share a group and, where τ has a scale per
+A tile is a run of a limited number of entries of one flattened tensor that share a group and, where τ has a scale per
 row, a row. Tables of tiles depend on the partition and on the tensors' names and shapes alone, so they are made once.
 """
 
@@ -15,7 +15,7 @@ from adamerge.bank.storage import Rows
 from adamerge.merging.partition import Partition, Segment
 
 BLOCK = 1024
-"""Entries of a tile at most: about one row of a ViT's matrices."""
+"""Entries of a GPU's tile at most: about one row of a ViT's matrices."""
 
 ALIGN = 16
 """Entries: tiles begin at multiples of it where their segment allows, so that loads of any dtype can be wide."""
@@ -58,12 +58,13 @@ _KNOWN: dict[int, dict[tuple, Tiles]] = {}
 """By the identity of a partition (which holds a dict, so it has no hash); forgotten with it."""
 
 
-def tiles_of(partition: Partition, rows: Mapping[str, Rows], upload: Callable[[Tensor], Tensor]) -> Tiles:
+def tiles_of(partition: Partition, rows: Mapping[str, Rows], block: int, upload: Callable[[Tensor], Tensor]) -> Tiles:
     """Tiles of the tensors of ``rows``, numbered in their order.
 
     Args:
         partition: Has segments for all of them.
         rows: Task vectors of any number of tasks on one device.
+        block: Entries of a tile at most, a multiple of ``ALIGN``.
         upload: Brings a table there.
     """
     if (known := _KNOWN.get(id(partition))) is None:
@@ -71,19 +72,19 @@ def tiles_of(partition: Partition, rows: Mapping[str, Rows], upload: Callable[[T
         weakref.finalize(partition, _KNOWN.pop, id(partition), None)
     columns = tuple(part.values.shape[2] if part.scales is not None else None for part in rows.values())
     device = next(iter(rows.values())).values.device
-    if (tiles := known.get((device, columns, *rows))) is None:
-        parts = [_cut(partition.segments[key], width) for key, width in zip(rows, columns, strict=True)]
+    if (tiles := known.get((device, block, columns, *rows))) is None:
+        parts = [_cut(partition.segments[key], width, block) for key, width in zip(rows, columns, strict=True)]
         owners = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
         table = torch.cat([owners[:, None], torch.cat(parts)], dim=1)
         table = table[table[:, 3].argsort(stable=True)]
         levels = _levels(table[:, 3])
         widths = tuple(NARROW if (bounds.diff() <= NARROW).all() else WIDTH for bounds, _ in levels)
         placed = tuple((upload(bounds), upload(places)) for bounds, places in levels)
-        tiles = known[(device, columns, *rows)] = Tiles(upload(table), placed, widths)
+        tiles = known[(device, block, columns, *rows)] = Tiles(upload(table), placed, widths)
     return tiles
 
 
-def _cut(segments: Sequence[Segment], columns: int | None) -> Tensor:
+def _cut(segments: Sequence[Segment], columns: int | None, block: int) -> Tensor:
     """Tiles of one tensor: start, stop, group, row; (T, 4). Row by row if ``columns`` (of a row) are given."""
     starts, stops, groups = torch.tensor(segments, dtype=torch.int64).view(-1, 3).unbind(1)
     starts, stops, groups = (column[stops > starts] for column in (starts, stops, groups))
@@ -92,11 +93,11 @@ def _cut(segments: Sequence[Segment], columns: int | None) -> Tensor:
         groups = groups[torch.searchsorted(starts, cuts, right=True) - 1]
         starts, stops = cuts, torch.cat([cuts[1:], stops[-1:]])
     origins = starts // ALIGN * ALIGN
-    counts = (stops - origins + BLOCK - 1) // BLOCK
+    counts = (stops - origins + block - 1) // block
     owners, positions = _numbered(counts)
-    first = origins[owners] + positions * BLOCK
+    first = origins[owners] + positions * block
     start = torch.maximum(first, starts[owners])
-    stop = torch.minimum(first + BLOCK, stops[owners])
+    stop = torch.minimum(first + block, stops[owners])
     row = start // columns if columns else torch.zeros_like(start)
     return torch.stack([start, stop, groups[owners], row], dim=1)
 

@@ -1,4 +1,4 @@
-"""Cases that the Triton kernels have to get right, measured against torch's own operations.
+"""Cases that our kernels have to get right, measured against torch's own operations.
 
 ``python -m unit.fused_cases DEVICE`` prints the largest errors of every case, as JSON.
 """
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
+from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -51,18 +53,20 @@ def rows_of(bank: ParameterBank) -> dict[str, Rows]:
 
 @contextmanager
 def taken() -> Iterator[list[str]]:
-    """All devices have kernels; collects the names of those that run."""
-    names, kernel, available = [], fused._kernel, fused.available
+    """All devices have kernels, for tensors of any size; collects the names of those that run."""
+    names = []
+    launch = fused._launch
 
-    def counted(name: str, grid: tuple[int, ...], device: torch.device):
+    def counted(name: Literal["add", "contract"], *arguments: Any) -> None:
         names.append(name)
-        return kernel(name, grid, device)
+        launch(name, *arguments)
 
-    fused._kernel, fused.available = counted, lambda *_: True
-    try:
+    with (
+        patch.object(fused, "_launch", counted),
+        patch.object(fused, "available", lambda *_: True),
+        patch.object(fused, "SMALL", 0),
+    ):
         yield names
-    finally:
-        fused._kernel, fused.available = kernel, available
 
 
 def measure(case: str, device: torch.device) -> dict[str, float]:
@@ -115,7 +119,10 @@ def gradient(dtype: str, device: torch.device) -> Tensor:
     task_vectors.store("a", slice(None), torch.randn(3, *shape, generator=generator))
     bank = ParameterBank({"a": torch.zeros(shape)}, task_vectors, ("0", "1", "2")).to(device)
     random = torch.randn(shape, generator=generator).to(device)
-    return contract(bank, {"a": random}, Partition.build("task", bank.shapes))
+    with taken() as names:
+        found = contract(bank, {"a": random}, Partition.build("task", bank.shapes))
+    assert names == ["contract"]
+    return found
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""Both passes over τ: generated loops against torch's own operations."""
-
-from collections.abc import Callable
+"""Both passes over τ by torch's own operations, against float64."""
 
 import pytest
 import torch
@@ -8,11 +6,11 @@ from torch import Tensor
 
 from adamerge.bank.storage import DTYPES, Rows
 from adamerge.merging import kernels
-from adamerge.merging.kernels import add_task_vectors, can_generate, contract_task_vectors
+from adamerge.merging.kernels import add_task_vectors, contract_task_vectors
 from adamerge.merging.partition import Scattered, Segments
 
 SHAPES = [(11, 7, 200), (3, 40, 96)]
-"""(K, R, C): eight tasks and three go through one loop each."""
+"""(K, R, C): more tasks than are taken at once, and fewer."""
 
 SEGMENTS = {
     "one": lambda size: Segments([(0, size, 0)]),
@@ -22,16 +20,9 @@ SEGMENTS = {
 }
 
 
-@pytest.fixture(params=["generated", "eager"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways for tensors of any size."""
-    if request.param == "eager":
-        monkeypatch.setattr(kernels, "can_generate", lambda: False)
-    elif not can_generate():
-        pytest.skip("needs a C++ compiler")
-    monkeypatch.setattr(kernels, "SMALL", 0)
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_BLOCK", 200)
-    return request.param
 
 
 def make_rows(dtype: str, shape: tuple[int, int, int]) -> tuple[Rows, Tensor]:
@@ -51,7 +42,6 @@ def groups_of_entries(cuts: Segments | Scattered) -> Tensor:
     return torch.cat([torch.full((stop - start,), group) for start, stop, group in cuts])
 
 
-@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("segments", SEGMENTS)
@@ -69,7 +59,6 @@ def test_sums_of_task_vectors(dtype: str, shape: tuple[int, int, int], segments:
     assert torch.equal(base, before)
 
 
-@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("segments", SEGMENTS)
@@ -86,38 +75,3 @@ def test_inner_products_with_task_vectors(dtype: str, shape: tuple[int, int, int
         expected[group] += mine.sum(1)
         size[group] += mine.abs().sum(1)
     assert ((found - expected).abs() <= 2e-7 * size).all()
-
-
-@pytest.mark.parametrize("shape", [(2, 4, 64), (9, 4, 64)])
-def test_large_tensors_take_generated_loops_and_small_ones_do_not(
-    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
-
-    def loop(name: str, num_tasks: int) -> Callable[..., Tensor]:
-        calls.append((name, num_tasks))
-        return {"add": kernels._add, "contract": kernels._contract}[name]
-
-    monkeypatch.setattr(kernels, "_loop", loop)
-    monkeypatch.setattr(kernels, "can_generate", lambda: True)
-    rows, _ = make_rows("bfloat16", shape)
-    out, weights, segments = torch.empty(4 * 64), torch.ones(shape[0], 2), Segments([(0, 64, 0), (64, 256, 1)])
-    add_task_vectors(out, out.clone(), rows, weights, segments)
-    assert not calls
-    monkeypatch.setattr(kernels, "SMALL", 1)
-    add_task_vectors(out, out.clone(), rows, weights, segments)
-    contract_task_vectors(rows, out, segments, torch.zeros(2, shape[0], dtype=torch.float64))
-    groups = [2] if shape[0] == 2 else [8, 1]
-    assert calls == [("add", n) for n in groups] + [("contract", n) for n in groups]
-
-
-def test_a_machine_without_a_compiler_takes_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(kernels, "_loop", lambda *_: fail)
-    can_generate.cache_clear()
-    try:
-        assert not can_generate()
-    finally:
-        can_generate.cache_clear()

@@ -22,7 +22,7 @@ def make(partition: Partition, shapes: dict[str, tuple[int, ...]], *, scaled: bo
         count = row_count(shape)
         values = torch.zeros(1, *shape, dtype=torch.int8).reshape(1, count, -1)
         rows[key] = Rows(values, torch.ones(1, count) if scaled else None)
-    return tiles_of(partition, rows, lambda table: table)
+    return tiles_of(partition, rows, BLOCK, lambda table: table)
 
 
 def check_cover(made: Tiles, partition: Partition, shapes: dict[str, tuple[int, ...]], *, scaled: bool) -> None:

@@ -56,7 +56,7 @@ def test_a_gradient_is_the_same_to_the_last_bit_every_time(dtype: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("together", [0, 4000, 1 << 26])
 def test_gradients_that_come_one_by_one_give_the_same(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[Contraction.__module__], "_TOGETHER", together)
+    monkeypatch.setitem(sys.modules[Contraction.__module__]._TOGETHER, "cuda", together)
     bank = fused_cases.make_bank("bfloat16", 3).to(torch.device("cuda", 0))
     partition = Partition.build("chunk(3)", bank.shapes)
     gradients = {key: torch.randn_like(base) for key, base in bank.pretrained.items()}
@@ -113,7 +113,7 @@ def test_devices_without_kernels_and_devices_that_fail_are_left_alone(
         raise RuntimeError(f"no driver\nfor {device}")
 
     dtype = torch.bfloat16
-    assert not fused.available(torch.device("cpu"), dtype)
+    assert not fused.available(torch.device("meta"), dtype)
     monkeypatch.setattr(fused, "check", fail)
     fused._works.cache_clear()
     try:
@@ -121,13 +121,13 @@ def test_devices_without_kernels_and_devices_that_fail_are_left_alone(
             assert not fused.available(torch.device("cuda", 0), dtype)
             assert not fused.available(torch.device("cuda", 0), dtype)
         assert [record.getMessage() for record in caplog.records] == [
-            "no Triton kernels of torch.bfloat16 on cuda:0 (RuntimeError: no driver)"
+            "no kernels of torch.bfloat16 on cuda:0 (RuntimeError: no driver)"
         ]
         monkeypatch.setattr(fused, "check", lambda device, dtype: None)
         assert fused.available(torch.device("cuda", 0), torch.float32)
         assert not fused.available(torch.device("cuda", 0), torch.float64)
         assert fused.available(torch.device("cuda", 1), dtype)
-        monkeypatch.setenv("ADAMERGE_TRITON", "0")
+        monkeypatch.setenv("ADAMERGE_KERNELS", "torch")
         assert not fused.available(torch.device("cuda", 1), dtype)
     finally:
         fused._works.cache_clear()
@@ -154,6 +154,7 @@ def test_a_wrong_result_does_not_pass_the_check(broken: str, stored: str, monkey
 
 def test_what_has_no_segments_is_handed_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "available", lambda *_: True)
+    monkeypatch.setattr(fused, "SMALL", 0)
     bank = fused_cases.make_bank("float32", 2)
     partition = Partition.build("random(3)", bank.shapes)
     rows = {key: part for key, part in fused_cases.rows_of(bank).items() if key not in partition.segments}
@@ -166,6 +167,7 @@ def test_what_has_no_segments_is_handed_back(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_float64_is_handed_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "available", lambda *_: True)
+    monkeypatch.setattr(fused, "SMALL", 0)
     bank = fused_cases.make_bank("float32", 2)
     partition = Partition.build("tensor", bank.shapes)
     rows = fused_cases.rows_of(bank)
@@ -178,6 +180,7 @@ def test_float64_is_handed_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_empty_tensors_merge_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "available", lambda *_: True)
+    monkeypatch.setattr(fused, "SMALL", 0)
     base = {"visual.none": torch.empty(0)}
     partition = Partition.build("tensor", {"visual.none": (0,)})
     rows = {"visual.none": Rows(torch.empty(2, 1, 0), None)}

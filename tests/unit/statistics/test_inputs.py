@@ -163,7 +163,7 @@ def test_in_float32_are_as_good_as_in_float64() -> None:
     rounding = torch.finfo(torch.float32).eps / 2
     assert ((found - expected).abs() / expected).max() < rounding
     at_once = (tokens.T @ tokens).double() / len(tokens)
-    assert ((at_once - expected).abs() / expected).max() > 10 * rounding
+    assert ((at_once - expected).abs() / expected).max() > rounding  # by how much depends on the CPU
 
 
 def test_in_half_precision_are_near() -> None:
