@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 
 from adamerge.learning.fit import CHECKPOINT_EVERY
+from adamerge.models.processor import made_by_intel
 
 
 def quiet() -> None:
@@ -19,12 +20,13 @@ def quiet() -> None:
 
 
 def best_precision(device: torch.device) -> str:
-    """bf16 autocast where ``device`` has units for it, float32 elsewhere; as Lightning's Trainer takes it."""
+    """bf16 autocast where ``device`` has fast units for it, float32 elsewhere; as Lightning's Trainer takes it."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
         features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        fast = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+        names = ["amx_bf16", "arm_bf16", "bf16"] + ([] if made_by_intel() else ["avx512_bf16"])
+        fast = any(features.get(name) for name in names)
     else:
         fast = False
     return "bf16-mixed" if fast else "32-true"

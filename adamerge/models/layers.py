@@ -9,6 +9,8 @@ from torch.nn.functional import linear as torch_linear
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from adamerge.models.processor import made_by_intel
+
 
 def use_lean_layers(network: nn.Module) -> None:
     """Let some layers of ``network`` compute by this file: linear ones, self-attentions, and convolutions that cut an
@@ -90,16 +92,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """inputs · weightᵀ + bias, as torch's.
 
-    Float32 on the CPU goes through oneDNN, forward and backward: MKL, which torch takes, reaches half its speed on
-    AMD's processors.
+    Float32 on a CPU that is not Intel's goes through oneDNN, forward and backward: MKL, which torch takes, reaches half
+    its speed on AMD's.
     """
     plain = inputs.dtype == weight.dtype == torch.float32 and inputs.device.type == "cpu"
-    if plain and _HAS_ONEDNN and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
+    if plain and _USE_ONEDNN and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
         return _Linear.apply(inputs, weight, bias)  # pyright: ignore[reportReturnType]
     return torch_linear(inputs, weight, bias)
 
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_USE_ONEDNN = _HAS_ONEDNN and not made_by_intel()
 
 
 def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from adamerge.cli import lightning
 from adamerge.cli.config import (
     CONFIG_FILE,
     OVERRIDES_FILE,
@@ -285,6 +286,7 @@ class TestSettle:
     def features(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
         found: dict[str, bool] = {}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+        monkeypatch.setattr(lightning, "made_by_intel", lambda: False)
         return found
 
     def test_float32_without_bf16_units(self, features: dict[str, bool]) -> None:
@@ -292,6 +294,15 @@ class TestSettle:
 
     def test_bf16_with_them(self, features: dict[str, bool]) -> None:
         features["avx512_bf16"] = True
+        assert self.settled() == ("bf16-mixed", "bfloat16")
+
+    def test_float32_where_bf16_units_are_slow(
+        self, features: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(lightning, "made_by_intel", lambda: True)
+        features["avx512_bf16"] = True
+        assert self.settled() == ("32-true", "float32")
+        features["amx_bf16"] = True
         assert self.settled() == ("bf16-mixed", "bfloat16")
 
     def test_static_merges_keep_float32_task_vectors(self, features: dict[str, bool]) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from adamerge.models import layers
 from adamerge.models.layers import Linear, Patches, SelfAttention, attention, use_lean_layers
 
 
@@ -34,7 +35,11 @@ def attend(module: nn.Module, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5, 24), (2, 7, 24)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_linear_layer(bias: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("onednn", [True, False])
+def test_a_linear_layer(
+    bias: bool, shape: tuple[int, ...], dtype: torch.dtype, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_USE_ONEDNN", onednn and layers._HAS_ONEDNN)
     own, lean = both(lambda: nn.Sequential(nn.Linear(24, 40, bias=bias, dtype=dtype)))
     assert type(lean[0]) is Linear
     images = torch.randn(shape, dtype=dtype)
