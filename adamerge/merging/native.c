@@ -16,6 +16,7 @@
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef int8_t bytes __attribute__((vector_size(LANES)));
@@ -67,7 +68,7 @@ INLINE vector load(const char *from, int kind) {
         return from_halves(two);
     default:
         memcpy(&one, from, sizeof one);
-        return __builtin_convertvector(one, vector);
+        return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(one, shorts), integers), vector);
     }
 }
 
