@@ -53,11 +53,13 @@ def test_a_gradient_is_the_same_to_the_last_bit_every_time(dtype: str) -> None:
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("together", [0, 4000, 1 << 26])
-def test_gradients_that_come_one_by_one_give_the_same(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules[Contraction.__module__]._TOGETHER, "cuda", together)
-    bank = fused_cases.make_bank("bfloat16", 3).to(torch.device("cuda", 0))
+def test_gradients_that_come_one_by_one_give_the_same(
+    together: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules[Contraction.__module__]._TOGETHER, device, together)
+    bank = fused_cases.make_bank("bfloat16", 3).to(torch.device(device))
     partition = Partition.build("chunk(3)", bank.shapes)
     gradients = {key: torch.randn_like(base) for key, base in bank.pretrained.items()}
     contraction = Contraction(bank, partition)
