@@ -40,9 +40,10 @@ def forget_peak() -> None:
 
 def table(record: dict[str, dict]) -> str:
     """One row per method, the fastest first."""
-    lines = ["| method | s | peak GiB |", "|---|--:|--:|"]
-    rows = sorted(record.items(), key=lambda row: row[1]["seconds"])
-    return "\n".join([*lines, *(f"| `{name}` | {row['seconds']:,.0f} | {row['peak_GiB']:.1f} |" for name, row in rows)])
+    lines = ["| method | threads | s | peak GiB |", "|---|--:|--:|--:|"]
+    for name, row in sorted(record.items(), key=lambda item: item[1]["seconds"]):
+        lines.append(f"| `{name}` | {row['threads']} | {row['seconds']:,.0f} | {row['peak_GiB']:.1f} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
