@@ -1,6 +1,9 @@
 """Run a learner: the Trainer, its checkpoints, and what is left when it ends."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -143,12 +146,13 @@ def train(
         The module and its optimiser steps.
 
     Raises:
-        UserInterruptError: On Ctrl-C.
+        UserInterruptError: On Ctrl-C, when the step that runs has ended; at once if it is pressed again.
         TrainingError: If a loss is not finite or memory runs out.
     """
+    interrupts = _Interrupts()
     checkpoint = run_dir / "checkpoints" / f"{name}.ckpt"
     trainer = make_trainer(
-        callbacks=[*callbacks, _Checkpoints(checkpoint, save_every)],
+        callbacks=[*callbacks, _Checkpoints(checkpoint, save_every), interrupts],
         plugins=[_AtomicCheckpoints()],
         enable_checkpointing=False,  # Lightning's own callback; ours is in the list
         logger=logger,
@@ -159,7 +163,8 @@ def train(
     if trainer.is_global_zero and not resume:
         checkpoint.unlink(missing_ok=True)  # of another run in the same folder
     if trainer.max_steps > 0:
-        _fit(trainer, learner, data, str(checkpoint) if resume and checkpoint.exists() else None)
+        with interrupts.noticed():
+            _fit(trainer, learner, data, str(checkpoint) if resume and checkpoint.exists() else None)
     return learner, trainer.global_step
 
 
@@ -195,6 +200,34 @@ class _Checkpoints(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step % self._every == 0 or trainer.global_step == trainer.max_steps or trainer.should_stop:
             trainer.save_checkpoint(self._path)
+
+
+class _Interrupts(Callback):
+    """Ctrl-C between two steps: raised wherever the program is, it would be lost in a finaliser."""
+
+    def __init__(self) -> None:
+        self._pressed = False
+
+    @contextmanager
+    def noticed(self) -> Iterator[None]:
+        """Have what Python does by default replaced meanwhile, and what Lightning leaves behind afterwards."""
+        usual = signal.getsignal(signal.SIGINT)
+        if usual is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signal.signal(signal.SIGINT, self._notice)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, usual)
+
+    def _notice(self, *_: Any) -> None:
+        self._pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self._pressed:
+            raise KeyboardInterrupt
 
 
 class _AtomicCheckpoints(TorchCheckpointIO):

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -384,14 +385,6 @@ def test_bf16_mixed_is_near_float32(setting: Setting, fuse_tasks: bool) -> None:
 # learn(): checkpoints and going on
 
 
-@pytest.fixture
-def _sigint() -> Iterator[None]:
-    """Lightning leaves Ctrl-C ignored after it was pressed."""
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def learn_in(folder: Path, setting: Setting, steps: int, objective: Objective | None = None) -> Learned:
     partition = Partition.build("tensor", setting.bank.shapes)
     return learn(
@@ -476,14 +469,55 @@ def test_no_steps_leave_the_start(setting: Setting, tmp_path: Path) -> None:
     assert torch.equal(learned.coefficients, torch.full_like(learned.coefficients, 0.3))
 
 
-@pytest.mark.usefixtures("_sigint")
-def test_ctrl_c_names_the_step_and_keeps_the_last_checkpoint(setting: Setting, tmp_path: Path) -> None:
-    with pytest.raises(UserInterruptError, match="stopped by the user at step 12"):
-        learn_in(tmp_path, setting, 25, StopsAt(12, KeyboardInterrupt))
+class Pressing:
+    """Presses Ctrl-C when it is deleted, where Python would lose a KeyboardInterrupt."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+class PressesAt(FailsAt):
+    """Somebody presses Ctrl-C that often during a step."""
+
+    def __init__(self, step: int, times: int) -> None:
+        def press(loss: Tensor) -> Tensor:
+            pressing = Pressing()
+            del pressing
+            for _ in range(times - 1):
+                signal.raise_signal(signal.SIGINT)
+            return loss
+
+        super().__init__(step, 0, press)
+
+
+@pytest.mark.parametrize(("times", "step"), [(1, 13), (2, 12)], ids=["after the step", "at once"])
+def test_ctrl_c_names_the_step_and_keeps_the_last_checkpoint(
+    times: int, step: int, setting: Setting, tmp_path: Path
+) -> None:
+    with pytest.raises(UserInterruptError, match=f"stopped by the user at step {step}"):
+        learn_in(tmp_path, setting, 25, PressesAt(12, times))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 10
     assert torch.equal(
         learn_in(tmp_path, setting, 25).coefficients, learn_in(tmp_path / "other", setting, 25).coefficients
     )
+
+
+def test_a_handler_of_ones_own_stays(setting: Setting, tmp_path: Path) -> None:
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(1))
+    try:
+        assert learn_in(tmp_path, setting, 25, PressesAt(12, 1)).steps == 25
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert pressed == [1]
+
+
+def test_learning_in_another_thread(setting: Setting, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(learn_in, tmp_path, setting, 3).result()
+    assert found.steps == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_failed_run_leaves_a_checkpoint_from_before_the_failure(setting: Setting, tmp_path: Path) -> None:
