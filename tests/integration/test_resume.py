@@ -30,7 +30,13 @@ def _step(checkpoint: Path) -> int:
 def _start(environment: dict[str, str], *arguments: str, stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
     command = [*COMMAND, *arguments]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, text=True, start_new_session=True
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
 
 

@@ -469,6 +469,14 @@ def test_no_steps_leave_the_start(setting: Setting, tmp_path: Path) -> None:
     assert torch.equal(learned.coefficients, torch.full_like(learned.coefficients, 0.3))
 
 
+@pytest.fixture
+def _sigint() -> Iterator[None]:
+    """Ctrl-C as in the foreground, wherever the tests run."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Pressing:
     """Presses Ctrl-C when it is deleted, where Python would lose a KeyboardInterrupt."""
 
@@ -490,6 +498,7 @@ class PressesAt(FailsAt):
         super().__init__(step, 0, press)
 
 
+@pytest.mark.usefixtures("_sigint")
 @pytest.mark.parametrize(("times", "step"), [(1, 13), (2, 12)], ids=["after the step", "at once"])
 def test_ctrl_c_names_the_step_and_keeps_the_last_checkpoint(
     times: int, step: int, setting: Setting, tmp_path: Path
@@ -513,6 +522,7 @@ def test_a_handler_of_ones_own_stays(setting: Setting, tmp_path: Path) -> None:
     assert pressed == [1]
 
 
+@pytest.mark.usefixtures("_sigint")
 def test_learning_in_another_thread(setting: Setting, tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(learn_in, tmp_path, setting, 3).result()
