@@ -98,11 +98,10 @@ def contract_all(
 def _alike(rows: Mapping[str, Rows], partition: Partition) -> dict[str, Rows]:
     """The tensors that one launch can take: on one device, of one dtype that kernels read, in segments."""
     first = next(iter(rows.values()), None)
-    if first is None or (
-        first.values.device.type == "cpu" and sum(part.values.numel() for part in rows.values()) < SMALL
-    ):
+    if first is None:
         return {}
-    if not available(first.values.device, first.values.dtype):
+    small = first.values.device.type == "cpu" and sum(part.values.numel() for part in rows.values()) < SMALL
+    if small or not available(first.values.device, first.values.dtype):
         return {}
     return {
         key: part
@@ -192,7 +191,7 @@ def _kernel(name: str, grid: Sequence[int], device: torch.device) -> Any:
 
 
 def _addresses(targets: Mapping[str, Sequence[Tensor]], rows: Mapping[str, Rows]) -> tuple[tuple[int, ...], ...]:
-    """What triton_kernels.py has to know of each tensor, seven numbers."""
+    """What kernels have to know of each tensor, seven numbers."""
     table = []
     for key, part in rows.items():
         size = part.values[0].numel()

@@ -1,4 +1,4 @@
-"""The work of one launch, cut into pieces that a program of a GPU does at once.
+"""The work of one launch, cut into pieces that a program of a GPU or a thread of a CPU does at once.
 
 A tile is a run of a limited number of entries of one flattened tensor that share a group and, where τ has a scale per
 row, a row. Tables of tiles depend on the partition and on the tensors' names and shapes alone, so they are made once.

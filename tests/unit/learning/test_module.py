@@ -405,9 +405,9 @@ class Stop(Exception):  # noqa: N818
 
 
 class StopsAt(FailsAt):
-    def __init__(self, step: int, error: type[BaseException] = Stop) -> None:
+    def __init__(self, step: int) -> None:
         def stop(loss: Tensor) -> Tensor:
-            raise error("stopped by the test")
+            raise Stop("stopped by the test")
 
         super().__init__(step, 0, stop)
 
