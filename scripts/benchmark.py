@@ -319,7 +319,8 @@ def main() -> None:
     if arguments.device == "cuda":
         chip, device = "gpu", torch.cuda.get_device_name()
     else:
-        chip, device = "cpu", f"{processor()} {arguments.threads} threads"
+        capability = torch.backends.cpu.get_cpu_capability()  # two CPUs of one name may differ in it
+        chip, device = "cpu", f"{processor()} {capability} {arguments.threads} threads"
     name = re.sub(r"\W+", "-", device).strip("-").lower()
     out = arguments.out or ROOT / "benchmarks" / "results" / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -271,16 +271,20 @@ class CoefficientLearner(pl.LightningModule):
         self.trainer.should_stop = True
 
     def _report(self, step: int) -> None:
-        """Every few steps the host looks: log, and stop if a loss was not finite."""
-        losses = self.losses[step].tolist()
+        """Every few steps the host looks: log, and stop if a loss was not finite.
+
+        What is logged is on the CPU, since Lightning reads it again at every step.
+        """
+        losses = self.losses[step].cpu()
         if self.trainer.loggers:
             by_task = zip(self._task_losses.heads, losses, strict=True)
-            self.log_dict({"loss": sum(losses), **{f"loss/{task}": loss for task, loss in by_task}})
-        self.log("total", sum(losses), prog_bar=True, logger=False)
+            self.log_dict({"loss": losses.sum(), **{f"loss/{task}": loss for task, loss in by_task}})
+        self.log("total", losses.sum(), prog_bar=True, logger=False)
         optimizer: Any = self.optimizers()
         if (gap := getattr(optimizer.optimizer, "gap", None)) is not None:
-            self.log("gap", float(gap))
-            if float(gap) <= optimizer.optimizer.tolerance:
+            gap = gap.cpu()
+            self.log("gap", gap)
+            if gap <= optimizer.optimizer.tolerance:
                 self._stop(step + 1)
         failed = int(self.failed_step)
         if failed < 0:

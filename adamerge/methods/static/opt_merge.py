@@ -1,11 +1,12 @@
 """OptMerge: WUDI with the task vectors' noise left out by low ranks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam
 
 from adamerge.bank import ParameterBank
 from adamerge.errors import ConfigError
@@ -40,8 +41,8 @@ class OptMerge(Scaled):
         split_in_proj: Merge packed projections of queries, keys and values (3n x n) as three matrices, as models in
             Hugging Face's layout have them.
 
-    Differs: the original scripts differentiate the loss in every step; here the same gradient comes from Gram matrices.
-    One of them takes a scaling of 0.1 for multimodal language models.
+    Differs: the original scripts differentiate the loss in every step; here the same gradient comes from Gram matrices, of
+    which SGD's steps need but one product. One of the scripts takes a scaling of 0.1 for multimodal language models.
 
     Raises:
         ConfigError: If an option is out of range.
@@ -88,12 +89,11 @@ class OptMerge(Scaled):
                 yield low.to(summed.dtype), rows.to(summed.dtype) / matrix.norm()
 
         loss = Interference(summed if self.start == "sum" else mean, terms())
-        return loss.descend(self._optimizer(), self.steps, task_vectors.dtype)
-
-    def _optimizer(self) -> Callable[[list[Tensor]], Optimizer]:
         if self.optimizer == "sgd":
-            return lambda free: SGD(free, lr=self.lr, momentum=self.momentum, fused=True)
-        return lambda free: Adam(free, lr=self.lr, betas=(self.momentum, 0.999), fused=True)
+            descent = partial(SGD, lr=self.lr, momentum=self.momentum)
+            return loss.descend_apart(descent, self.steps).to(task_vectors.dtype)
+        descent = partial(Adam, lr=self.lr, betas=(self.momentum, 0.999), fused=True)
+        return loss.descend(descent, self.steps, task_vectors.dtype)
 
 
 def _truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

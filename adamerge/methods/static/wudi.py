@@ -11,6 +11,7 @@ from torch.optim import Adam, Optimizer
 from adamerge.bank import ParameterBank
 from adamerge.errors import ConfigError
 from adamerge.methods.coordinates import total
+from adamerge.methods.matrices import svd
 from adamerge.methods.protocol import Context
 from adamerge.methods.static.matrixwise import matrixwise
 from adamerge.methods.static.scaling import MergeVectors, Scaled
@@ -113,18 +114,39 @@ class Interference:
             descent.step()
         return (self.start + moved.detach()).to(dtype)
 
+    def descend_apart(self, optimizer: Callable[[list[Tensor]], Optimizer], steps: int) -> Tensor:
+        """The same for an optimiser whose steps are linear in the gradients, as SGD's are, at the cost of one step.
+
+        From 0 such steps stay at X = C V diag(x) Vᵀ, on the eigenvectors V of H with the eigenvalues h, and each
+        direction descends by itself: the gradient of X is 2 C V diag(1 + x h) Vᵀ.
+        """
+        values, vectors = self._directions()
+        moved = torch.zeros_like(values)
+        descent = optimizer([moved])
+        for _ in range(steps):
+            moved.grad = 2 * (1 + moved * values)
+            descent.step()
+        return self.start + ((self.constant @ vectors) * moved.detach()) @ vectors.mT
+
     def minimum(self, ridge: float) -> Tensor:
         """start - C (H + ridge I)⁻¹, (m, n), on the eigenvectors of H whose eigenvalue is more than rounding.
 
         An eigenvalue is the square of a singular value of all rows below each other, and counts above 16 units of
         float32's rounding of the largest singular value, squared.
         """
+        values, vectors = self._directions()
+        kept = values > (16 * torch.finfo(torch.float32).eps) ** 2 * values.max()
+        inverse = torch.where(kept, 1 / torch.where(kept, values + ridge, 1), 0)
+        return self.start - ((self.constant @ vectors) * inverse) @ vectors.mT
+
+    def _directions(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (q,) and eigenvectors (n, q) of H, without some whose value is 0 and in which C holds nothing."""
+        if self.rows is not None:
+            _, values, right = svd(self.rows)
+            return values.square(), right.mT
         gram = self.gram.cpu() if self.gram.device.type == "mps" else self.gram
         values, vectors = torch.linalg.eigh(gram)
-        kept = values > (16 * torch.finfo(torch.float32).eps) ** 2 * values[-1]
-        inverse = torch.where(kept, 1 / torch.where(kept, values + ridge, 1), 0).to(self.gram.device)
-        vectors = vectors.to(self.gram.device)
-        return self.start - ((self.constant @ vectors) * inverse) @ vectors.mT
+        return values.to(self.gram.device), vectors.to(self.gram.device)
 
 
 def check_descent(lr: float, steps: int) -> None:

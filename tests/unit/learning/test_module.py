@@ -1,7 +1,7 @@
 """The learner under a real Trainer against an independent implementation on the same batches; what it must not do."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -140,6 +140,7 @@ def fit(
     data: TaskImages | None = None,
     precision: str = "32-true",
     accelerator: str = "cpu",
+    callbacks: Iterable[pl.Callback] = (),
     error: type[Exception] | None = None,
 ) -> Run:
     partition = Partition.build(granularity, setting.bank.shapes)
@@ -162,6 +163,7 @@ def fit(
         enable_checkpointing=False,
         precision=precision,
         accelerator=accelerator,
+        callbacks=list(callbacks),
     )
     run = Run(learner, trainer, encoder, coefficients.raw.detach().clone())
     if error is None:
@@ -215,6 +217,27 @@ def test_images_that_lie_on_the_gpu_are_the_same_images(setting: Setting) -> Non
     brought, there = (fit(setting, 20, data=data, accelerator="gpu") for data in (setting.data(), held))
     assert torch.equal(there.raw, brought.raw)
     assert all(images.is_cuda for images in held._images.values())
+
+
+class NoWaiting(pl.Callback):
+    """Whatever waits for the device between the end of one step and that of another fails."""
+
+    def __init__(self, after: int, until: int) -> None:
+        self.modes = {after: "error", until: "default"}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        if mode := self.modes.get(trainer.global_step):
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_wait_between_two_looks(setting: Setting) -> None:
+    try:
+        run = fit(setting, 10, check_every=5, accelerator="gpu", callbacks=[NoWaiting(after=5, until=9)])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.trainer.progress_bar_metrics["total"] == pytest.approx(float(run.learner.losses[9].sum()))
+    assert run.learner.losses.isfinite().all()
 
 
 def test_losses_are_the_references_and_history_is_of_the_coefficients_before_each_step(setting: Setting) -> None:
