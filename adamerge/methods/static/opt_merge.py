@@ -41,8 +41,8 @@ class OptMerge(Scaled):
         split_in_proj: Merge packed projections of queries, keys and values (3n x n) as three matrices, as models in
             Hugging Face's layout have them.
 
-    Differs: the original scripts differentiate the loss in every step; here the same gradient comes from Gram matrices, of
-    which SGD's steps need but one product. One of the scripts takes a scaling of 0.1 for multimodal language models.
+    Differs: the original scripts differentiate the loss in every step; here the same gradient comes from Gram matrices,
+    and SGD's steps are taken together. One of the scripts takes a scaling of 0.1 for multimodal language models.
 
     Raises:
         ConfigError: If an option is out of range.

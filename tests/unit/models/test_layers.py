@@ -5,10 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from open_clip.transformer import LayerNorm as OpenClipLayerNorm
+from open_clip.transformer import LayerNormFp32
 from torch import Tensor, nn
 
 from adamerge.models import layers
-from adamerge.models.layers import Linear, Patches, SelfAttention, attention, use_lean_layers
+from adamerge.models.layers import LayerNorm, Linear, Patches, SelfAttention, attention, use_lean_layers
 
 
 def both(build: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
@@ -57,6 +59,47 @@ def test_patches(bias: bool, size: tuple[int, int]) -> None:
     call = lambda module, x: module(x)  # noqa: E731
     for found, expected in zip(gradients(lean, images, call), gradients(own, images, call), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def twins_of_layer_norm() -> tuple[nn.Module, nn.Module]:
+    own, lean = both(lambda: nn.Sequential(OpenClipLayerNorm(24)))
+    assert type(lean[0]) is LayerNorm
+    for module in (own, lean):
+        torch.manual_seed(1)
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, mean=1)
+    return own, lean
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_norm_gives_open_clips_values(dtype: torch.dtype) -> None:
+    own, lean = twins_of_layer_norm()
+    images = torch.randn(5, 7, 24, dtype=dtype)
+    call = lambda module, x: module(x)  # noqa: E731
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for found, expected in zip(gradients(lean, images, call), gradients(own, images, call), strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+def test_a_layer_norm_of_a_gpu_is_as_close_to_float64_in_half_precision() -> None:
+    own, lean = twins_of_layer_norm()
+    images = torch.randn(64, 24).bfloat16()
+    call = lambda module, x: module(x)  # noqa: E731
+    exact = gradients(own.double(), images.double(), call)
+    own.float().cuda(), lean.cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        theirs, ours = (gradients(module, images.cuda(), call) for module in (own, lean))
+    for found, usual, expected in zip(ours, theirs, exact, strict=True):
+        assert found.dtype == usual.dtype
+        errors = [(part.cpu().double() - expected).norm() / expected.norm() for part in (found, usual)]
+        assert errors[0] < max(2 * errors[1], 2**-8)
+
+
+def test_other_layer_norms_stay_torchs() -> None:
+    for kind in (nn.LayerNorm, LayerNormFp32):
+        _, lean = both(lambda kind=kind: nn.Sequential(kind(24)))
+        assert type(lean[0]) is kind
 
 
 @pytest.mark.parametrize("options", [{"stride": 2}, {"stride": 4, "padding": 1}, {"stride": 4, "dilation": 2}])
