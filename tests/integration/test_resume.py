@@ -12,7 +12,7 @@ import torch
 from command import COMMAND, Run, on
 from safetensors.torch import load_file
 
-STEPS = 1500
+STEPS = 600
 OPTIONS = ["method=adamerging_layerwise", f"trainer.max_steps={STEPS}"]
 
 
