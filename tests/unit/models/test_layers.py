@@ -25,7 +25,7 @@ def both(build: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
 def gradients(module: nn.Module, images: Tensor, call: Callable[[nn.Module, Tensor], Tensor]) -> list[Tensor]:
     images = images.clone().requires_grad_()
     out = call(module, images)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
     (out * weight).sum().backward()
     return [out.detach(), images.grad, *(parameter.grad for parameter in module.parameters())]  # type: ignore[list-item]
 
@@ -86,8 +86,8 @@ def test_a_layer_norm_of_a_gpu_is_as_close_to_float64_in_half_precision() -> Non
     own, lean = twins_of_layer_norm()
     images = torch.randn(64, 24).bfloat16()
     call = lambda module, x: module(x)  # noqa: E731
-    exact = gradients(own.double(), images.double(), call)
-    own.float().cuda(), lean.cuda()
+    exact = gradients(copy.deepcopy(own).double(), images.double(), call)
+    own.cuda(), lean.cuda()
     with torch.autocast("cuda", torch.bfloat16):
         theirs, ours = (gradients(module, images.cuda(), call) for module in (own, lean))
     for found, usual, expected in zip(ours, theirs, exact, strict=True):
