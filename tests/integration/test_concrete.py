@@ -257,9 +257,9 @@ def test_a_new_run_in_an_old_folder_starts_anew(
 # Several processes
 
 
-def test_two_processes_learn_what_one_learns(adamerge_process: Run, toy: Path, tmp_path: Path) -> None:
+def test_two_processes_learn_what_one_learns(adamerge: Run, adamerge_process: Run, toy: Path, tmp_path: Path) -> None:
     options = [METHOD, "trainer.max_steps=8", "method.inner_optimizer._target_=torch.optim.SGD", *EXACT]
-    adamerge_process(*options, *on(toy, tmp_path / "one"))
+    adamerge(*options, *on(toy, tmp_path / "one"))
     adamerge_process(*options, "trainer.devices=2", "trainer.strategy=ddp", *on(toy, tmp_path / "two"))
     one, two = (load_file(tmp_path / name / "mask.safetensors") for name in ("one", "two"))
     # Adam's first steps are the sign of the gradient, which rounding decides where it is about 0.

@@ -21,7 +21,7 @@ from adamerge.tasks.datamodule import TaskImages
     ],
 )
 def test_two_processes_equal_one_on_the_same_global_batch(
-    method: str, size: int, tolerance: float, adamerge_process: Run, toy: Path, tmp_path: Path
+    method: str, size: int, tolerance: float, adamerge: Run, adamerge_process: Run, toy: Path, tmp_path: Path
 ) -> None:
     options = [
         *f"method={method}".split(),
@@ -30,7 +30,7 @@ def test_two_processes_equal_one_on_the_same_global_batch(
         "optimizer.lr=0.01",
         f"data.images_per_batch={size}",
     ]
-    adamerge_process(*options, *on(toy, tmp_path / "one"))
+    adamerge(*options, *on(toy, tmp_path / "one"))
     adamerge_process(*options, "trainer.devices=2", "trainer.strategy=ddp", *on(toy, tmp_path / "two"))
     one, two = (load_file(tmp_path / name / "coefficients.safetensors")["coefficients"] for name in ("one", "two"))
     assert one.std() > 1e-3  # it has learned
