@@ -276,10 +276,11 @@ class CoefficientLearner(pl.LightningModule):
         What is logged is on the CPU, since Lightning reads it again at every step.
         """
         losses = self.losses[step].cpu()
+        total = losses.sum()
         if self.trainer.loggers:
             by_task = zip(self._task_losses.heads, losses, strict=True)
-            self.log_dict({"loss": losses.sum(), **{f"loss/{task}": loss for task, loss in by_task}})
-        self.log("total", losses.sum(), prog_bar=True, logger=False)
+            self.log_dict({"loss": total, **{f"loss/{task}": loss for task, loss in by_task}})
+        self.log("total", total, prog_bar=True, logger=False)
         optimizer: Any = self.optimizers()
         if (gap := getattr(optimizer.optimizer, "gap", None)) is not None:
             gap = gap.cpu()

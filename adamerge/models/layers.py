@@ -44,7 +44,7 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """open_clip's, ``nn.LayerNorm`` in the input's dtype.
+    """open_clip's, ``nn.LayerNorm`` with an output of the input's shape (…, width) and dtype.
 
     Autocast has it computed in float32, between a cast of the input and one of the output, in both directions. The
     GPU's kernels sum in float32 by themselves; what they lose in half precision is what linear layers' weights lose.

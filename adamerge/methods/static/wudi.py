@@ -115,10 +115,11 @@ class Interference:
         return (self.start + moved.detach()).to(dtype)
 
     def descend_apart(self, optimizer: Callable[[list[Tensor]], Optimizer], steps: int) -> Tensor:
-        """The same for an optimiser whose steps are linear in the gradients, as SGD's are, at the cost of one step.
+        """Δ after so many steps from ``start``, (m, n) in its dtype, by an optimiser linear in gradients, as SGD is.
 
-        From 0 such steps stay at X = C V diag(x) Vᵀ, on the eigenvectors V of H with the eigenvalues h, and each
-        direction descends by itself: the gradient of X is 2 C V diag(1 + x h) Vᵀ.
+        Whatever their number it takes one decomposition and two products. From 0 such steps stay at X = C V diag(x) Vᵀ,
+        on the eigenvectors V of H with the eigenvalues h, and each direction descends by itself: the gradient of X is
+        2 C V diag(1 + x h) Vᵀ.
         """
         values, vectors = self._directions()
         moved = torch.zeros_like(values)
