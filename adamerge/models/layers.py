@@ -115,7 +115,7 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """inputs · weightᵀ + bias, as torch's.
 
     Float32 on AMD's CPUs with AVX-512 goes through oneDNN, forward and backward: MKL, which torch takes, reaches half
-    its speed there (Zen 5), and more than it on AMD's without AVX-512 (Zen 3: 1.1 to 1.9 times) and on Intel's.
+    its speed there (Zen 5), but mostly more than it without AVX-512 (Zen 3: 0.8 to 1.9 times) and on Intel's.
     """
     plain = inputs.dtype == weight.dtype == torch.float32 and inputs.device.type == "cpu"
     if plain and _USE_ONEDNN and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
