@@ -7,19 +7,45 @@
 #include <pthread.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
-#define LANES 16 /* entries of a vector, which the compiler splits into what the CPU has */
-#define WIDE 4   /* vectors that are added up together: enough to hide how long an addition takes */
-#define TASKS 8  /* that are read side by side */
-#define RUN 4    /* tiles that a thread takes at a time */
+/* Numbers of a vector: those that a register holds, since compilers spill wider ones. Of two vectors after one another:
+ * every second number, and both taken in turn. */
+#if defined __AVX512F__
+#define LANES 16
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#define FIRST 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define LAST 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined __AVX2__
+#define LANES 8
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15
+#define FIRST 0, 8, 1, 9, 2, 10, 3, 11
+#define LAST 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LANES 4
+#define EVEN 0, 2, 4, 6
+#define ODD 1, 3, 5, 7
+#define FIRST 0, 4, 1, 5
+#define LAST 2, 6, 3, 7
+#endif
+#define WIDE 8  /* vectors that are added up together: enough to hide how long an addition takes */
+#define TASKS 8 /* that are read side by side */
+#define RUN 4   /* tiles that a thread takes at a time */
 #define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define SHUFFLED(one, two, ...) __builtin_shufflevector(one, two, __VA_ARGS__)
+#else
+#define SHUFFLED(one, two, ...) __builtin_shuffle(one, two, (words){__VA_ARGS__})
+#endif
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef int16_t shorts __attribute__((vector_size(2 * LANES)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-typedef int8_t bytes __attribute__((vector_size(LANES)));
 
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 
@@ -42,41 +68,72 @@ typedef struct {
     int64_t num_tiles, num_tasks, columns, next;
 } Work;
 
-INLINE int64_t width(int kind) { return kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2; }
+INLINE int width(int kind) { return kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2; }
+
+/* Vectors that ``load`` fills. They share words of 32 bits: entry i of them comes into vector i % share(kind), and no
+ * number has to move to another lane. The few float32 numbers that meet them are ordered alike instead. */
+INLINE int share(int kind) { return kind == BFLOAT16 ? 2 : kind == INT8 ? 4 : 1; }
 
 /* IEEE half precision: the exponent moves from one bias to the other; what has none is a multiple of 2^-24. */
 INLINE vector from_halves(halves given) {
+#if defined __F16C__ && LANES == 16
+    return (vector)_mm512_cvtph_ps((__m256i)given);
+#elif defined __F16C__ && LANES == 8
+    return (vector)_mm256_cvtph_ps((__m128i)given);
+#else
     words all = __builtin_convertvector(given, words), size = all & 0x7fff;
     words normal = (size << 13) + ((uint32_t)(127 - 15) << 23) + ((words)(size >= 0x7c00) & (uint32_t)(128 - 16) << 23);
     words without = (words)(__builtin_convertvector((integers)size, vector) * 0x1p-24f), none = (words)(size < 0x400);
     return (vector)((none & without) | (~none & normal) | (all & 0x8000) << 16);
+#endif
 }
 
-INLINE vector load(const char *from, int kind) {
-    vector found;
-    halves two;
-    bytes one;
+INLINE void load(vector *found, const char *from, int kind) {
+    words shared;
+    halves given;
     switch (kind) {
     case FLOAT32:
-        memcpy(&found, from, sizeof found);
-        return found;
-    case BFLOAT16:
-        memcpy(&two, from, sizeof two);
-        return (vector)(__builtin_convertvector(two, words) << 16);
+        memcpy(found, from, sizeof *found);
+        break;
     case FLOAT16:
-        memcpy(&two, from, sizeof two);
-        return from_halves(two);
+        memcpy(&given, from, sizeof given);
+        *found = from_halves(given);
+        break;
+    case BFLOAT16:
+        memcpy(&shared, from, sizeof shared);
+        found[0] = (vector)(shared << 16);
+        found[1] = (vector)(shared & 0xffff0000);
+        break;
     default:
-        memcpy(&one, from, sizeof one);
-        return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(one, shorts), integers), vector);
+        memcpy(&shared, from, sizeof shared);
+        for (int i = 0; i < 4; i++)
+            found[i] = __builtin_convertvector((integers)(shared << (24 - 8 * i)) >> 24, vector);
     }
 }
 
-/* The first entries only; zeros for the rest. */
-INLINE vector load_some(const char *from, int kind, int64_t count) {
-    char room[4 * LANES] = {0};
-    memcpy(room, from, count * width(kind));
-    return load(room, kind);
+/* ``count`` vectors of numbers after one another into the order of ``load``. (Copied one by one they stay in
+ * registers.) */
+INLINE void deal(vector *values, int count) {
+    vector old[4];
+    for (int done = 1; done < count; done *= 2) {
+        for (int i = 0; i < count; i++) old[i] = values[i];
+        for (int i = 0; i < count / 2; i++) {
+            values[i] = SHUFFLED(old[2 * i], old[2 * i + 1], EVEN);
+            values[count / 2 + i] = SHUFFLED(old[2 * i], old[2 * i + 1], ODD);
+        }
+    }
+}
+
+/* And back. */
+INLINE void collect(vector *values, int count) {
+    vector old[4];
+    for (int done = 1; done < count; done *= 2) {
+        for (int i = 0; i < count; i++) old[i] = values[i];
+        for (int i = 0; i < count / 2; i++) {
+            values[2 * i] = SHUFFLED(old[i], old[count / 2 + i], FIRST);
+            values[2 * i + 1] = SHUFFLED(old[i], old[count / 2 + i], LAST);
+        }
+    }
 }
 
 INLINE float sum(vector values) {
@@ -94,36 +151,64 @@ INLINE float scale(const Tensor *tensor, const Tile *tile, int64_t task) {
     return tensor->scales ? tensor->scales[task * tensor->rows + tile->row] : 1;
 }
 
+/* out[p] = base[p] + sum over k of factors[k] * values[k][p], for as many vectors as ``wide`` says */
+INLINE void add_vectors(char *out, const char *base, const char *const *values, int64_t offset, const float *factors,
+                        int64_t tasks, int wide, int kind) {
+    int count = share(kind);
+    vector totals[WIDE], found[4];
+    memcpy(totals, base, wide * sizeof *totals);
+    for (int i = 0; i < wide; i += count) deal(totals + i, count);
+    for (int64_t k = 0; k < tasks; k++)
+        for (int i = 0; i < wide; i += count) {
+            load(found, values[k] + offset + i * LANES * width(kind), kind);
+            for (int j = 0; j < count; j++) totals[i + j] += factors[k] * found[j];
+        }
+    for (int i = 0; i < wide; i += count) collect(totals + i, count);
+    memcpy(out, totals, wide * sizeof *totals);
+}
+
 /* out[p] = base[p] + sum over k of weights[k, group] * values[k, p] */
 INLINE void add(const Work *work, int64_t index, int kind) {
     const Tile *tile = work->tiles + index;
     const Tensor *tensor = work->tensors + tile->tensor;
-    int64_t length = tile->stop - tile->start, step = width(kind);
-    float room[BLOCK];
-    const float *from = tensor->base + tile->start;
+    int64_t length = tile->stop - tile->start, step = width(kind), least = share(kind) * LANES;
+    char room[4 * BLOCK], rest[16 * LANES] = {0}, few[TASKS][4 * LANES] = {0};
+    const char *from = (const char *)(tensor->base + tile->start);
     for (int64_t first = 0; first < work->num_tasks; first += TASKS) {
-        int64_t left = work->num_tasks - first, some = left < TASKS ? left : TASKS, i = 0;
-        float *to = left > TASKS ? room : tensor->out + tile->start;
+        int64_t left = work->num_tasks - first, tasks = left < TASKS ? left : TASKS, i = 0;
+        char *to = left > TASKS ? room : (char *)(tensor->out + tile->start);
         float factors[TASKS];
         const char *values[TASKS];
-        for (int64_t k = 0; k < some; k++) {
+        for (int64_t k = 0; k < tasks; k++) {
             factors[k] = scale(tensor, tile, first + k) * work->numbers[(first + k) * work->columns + tile->group];
             values[k] = at(tensor, tile, first + k, kind);
         }
-        for (; i + WIDE * LANES <= length; i += WIDE * LANES) {
-            vector totals[WIDE];
-            memcpy(totals, from + i, sizeof totals);
-            for (int64_t k = 0; k < some; k++)
-                for (int j = 0; j < WIDE; j++) totals[j] += factors[k] * load(values[k] + (i + j * LANES) * step, kind);
-            memcpy(to + i, totals, sizeof totals);
-        }
-        for (; i < length; i += LANES) {
-            int64_t count = length - i < LANES ? length - i : LANES;
-            vector totals = load_some((const char *)(from + i), FLOAT32, count);
-            for (int64_t k = 0; k < some; k++) totals += factors[k] * load_some(values[k] + i * step, kind, count);
-            memcpy(to + i, &totals, 4 * count);
+        for (; i + WIDE * LANES <= length; i += WIDE * LANES)
+            add_vectors(to + 4 * i, from + 4 * i, values, i * step, factors, tasks, WIDE, kind);
+        for (; i + least <= length; i += least)
+            add_vectors(to + 4 * i, from + 4 * i, values, i * step, factors, tasks, share(kind), kind);
+        if (i < length) {
+            memcpy(rest, from + 4 * i, 4 * (length - i));
+            for (int64_t k = 0; k < tasks; k++)
+                values[k] = memcpy(few[k], values[k] + i * step, (length - i) * step);
+            add_vectors(rest, rest, values, 0, factors, tasks, share(kind), kind);
+            memcpy(to + 4 * i, rest, 4 * (length - i));
         }
         from = to;
+    }
+}
+
+/* totals[k] += values[k][p] * gradient[p], for as many entries as ``load`` takes */
+INLINE void contract_vectors(vector *totals, const char *gradient, const char *const *values, int64_t offset,
+                             int kind) {
+    int count = share(kind);
+    vector factors[4], found[4];
+    for (int i = 0; i < count; i++) memcpy(factors + i, gradient + i * sizeof *factors, sizeof *factors);
+    deal(factors, count);
+#pragma GCC unroll 8
+    for (int k = 0; k < TASKS; k++) {
+        load(found, values[k] + offset, kind);
+        for (int j = 0; j < count; j++) totals[k] += factors[j] * found[j];
     }
 }
 
@@ -131,7 +216,8 @@ INLINE void add(const Work *work, int64_t index, int kind) {
 INLINE void contract(const Work *work, int64_t index, int kind) {
     const Tile *tile = work->tiles + index;
     const Tensor *tensor = work->tensors + tile->tensor;
-    int64_t length = tile->stop - tile->start, step = width(kind);
+    int64_t length = tile->stop - tile->start, step = width(kind), least = share(kind) * LANES;
+    char rest[16 * LANES] = {0}, few[TASKS][4 * LANES] = {0};
     const char *gradient = (const char *)(tensor->out + tile->start);
     for (int64_t first = 0; first < work->num_tasks; first += TASKS) {
         int64_t last = work->num_tasks - 1, i = 0;
@@ -139,15 +225,12 @@ INLINE void contract(const Work *work, int64_t index, int kind) {
         vector totals[TASKS] = {0};
         for (int k = 0; k < TASKS; k++) /* those that are too many read what is read anyway */
             values[k] = at(tensor, tile, first + k < last ? first + k : last, kind);
-        for (; i + LANES <= length; i += LANES) {
-            vector factors = load(gradient + 4 * i, FLOAT32);
-#pragma GCC unroll 8
-            for (int k = 0; k < TASKS; k++) totals[k] += factors * load(values[k] + i * step, kind);
-        }
+        for (; i + least <= length; i += least) contract_vectors(totals, gradient + 4 * i, values, i * step, kind);
         if (i < length) {
-            vector factors = load_some(gradient + 4 * i, FLOAT32, length - i);
-#pragma GCC unroll 8
-            for (int k = 0; k < TASKS; k++) totals[k] += factors * load_some(values[k] + i * step, kind, length - i);
+            memcpy(rest, gradient + 4 * i, 4 * (length - i));
+            for (int k = 0; k < TASKS; k++)
+                values[k] = memcpy(few[k], values[k] + i * step, (length - i) * step);
+            contract_vectors(totals, rest, values, 0, kind);
         }
         for (int k = 0; k < TASKS && first + k <= last; k++)
             work->numbers[(first + k) * work->columns + index] = scale(tensor, tile, first + k) * sum(totals[k]);
@@ -174,8 +257,8 @@ static void *(*const PASS_OF[2][4])(void *) = {
     {contract_FLOAT32, contract_BFLOAT16, contract_FLOAT16, contract_INT8},
 };
 
-void run(int pass, int kind, int num_threads, const Tile *tiles, int64_t num_tiles, const Tensor *tensors, float *numbers,
-         int64_t num_tasks, int64_t columns) {
+void run(int pass, int kind, int num_threads, const Tile *tiles, int64_t num_tiles, const Tensor *tensors,
+         float *numbers, int64_t num_tasks, int64_t columns) {
     Work work = {tiles, tensors, numbers, num_tiles, num_tasks, columns, 0};
     void *(*call)(void *) = PASS_OF[pass][kind];
     pthread_t others[num_threads];

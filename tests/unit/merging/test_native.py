@@ -1,5 +1,7 @@
 """The kernels in C against torch's own operations."""
 
+import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,11 +39,27 @@ def forgetful() -> Iterator[None]:
         cache.cache_clear()
 
 
+@pytest.fixture(params=["-mno-avx512f", "-mno-avx2"])
+def shorter_vectors(request: pytest.FixtureRequest, forgetful: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is compiled for an x86-64 CPU that lacks something."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("needs an x86-64 CPU")
+    monkeypatch.setenv("CC", f"{os.environ.get('CC') or 'cc'} {request.param}")
+
+
 @needs_compiler
 @pytest.mark.parametrize("case", sorted(fused_cases.CASES))
 def test_a_launch_equals_torch(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "BLOCK", 512)  # so that some tensors have several tiles
     assert fused_cases.accepted(fused_cases.measure(case, CPU))
+
+
+@needs_compiler
+@pytest.mark.usefixtures("shorter_vectors")
+def test_cpus_with_shorter_vectors_do_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "BLOCK", 512)
+    refused = [case for case in sorted(fused_cases.CASES) if not fused_cases.accepted(fused_cases.measure(case, CPU))]
+    assert not refused
 
 
 @needs_compiler
@@ -59,6 +77,17 @@ def test_the_last_bit_does_not_depend_on_the_number_of_threads(dtype: str) -> No
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0, 5])
 def test_all_numbers_of_two_bytes_are_widened_exactly(dtype: torch.dtype, offset: int) -> None:
+    widen_all(dtype, offset)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("shorter_vectors")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_so_they_are_in_shorter_vectors(dtype: torch.dtype) -> None:
+    widen_all(dtype, 5)
+
+
+def widen_all(dtype: torch.dtype, offset: int) -> None:
     values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).roll(offset)
     rows = {"a": Rows(values.view(1, 1, -1)[..., offset:].contiguous(), None)}
     expected = values[offset:].float()
