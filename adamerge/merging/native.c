@@ -136,10 +136,18 @@ INLINE void collect(vector *values, int count) {
     }
 }
 
-INLINE float sum(vector values) {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int lane = 0; lane < half; lane++) values[lane] += values[lane + half];
-    return values[0];
+/* Each vector's sum, one after another: neighbours are added up, in as few vectors as their sums fill. */
+INLINE void add_up(vector *totals, float *sums) {
+    int count = TASKS;
+    for (int lanes = LANES; lanes > 1; lanes /= 2) {
+        int both = count > 1;
+        count = both ? count / 2 : 1;
+        for (int i = 0; i < count; i++) {
+            vector one = totals[i + both * i], two = totals[i + both * (i + 1)];
+            totals[i] = SHUFFLED(one, two, EVEN) + SHUFFLED(one, two, ODD);
+        }
+    }
+    memcpy(sums, totals, TASKS * sizeof *sums);
 }
 
 /* Where the task's entries of a tile begin. */
@@ -232,8 +240,10 @@ INLINE void contract(const Work *work, int64_t index, int kind) {
                 values[k] = memcpy(few[k], values[k] + i * step, (length - i) * step);
             contract_vectors(totals, rest, values, 0, kind);
         }
+        float sums[TASKS];
+        add_up(totals, sums);
         for (int k = 0; k < TASKS && first + k <= last; k++)
-            work->numbers[(first + k) * work->columns + index] = scale(tensor, tile, first + k) * sum(totals[k]);
+            work->numbers[(first + k) * work->columns + index] = scale(tensor, tile, first + k) * sums[k];
     }
 }
 
