@@ -311,15 +311,18 @@ def _our_step(
     model = MergedModel(network, bank, partition, compiled=compiled)
 
     def compute(value: Tensor, images: list[Tensor]) -> tuple[Tensor]:
-        groups = passes({str(task): part for task, part in enumerate(images)})
-        model.update(value, single_backward=len(groups) == 1)
-        for group in groups:
-            parts = [images[int(task)] for task in group]
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
-                features = model(torch.cat(parts))
-            features = torch.nn.functional.normalize(features.float(), dim=-1).split([len(part) for part in parts])
-            losses = [softmax_entropy(f @ heads[int(t)].T).mean() for f, t in zip(features, group, strict=True)]
-            torch.stack(losses).sum().backward()
+        # One autocast for the whole step, as by Lightning, but for the losses, as by TaskLosses.
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+            groups = passes({str(task): part for task, part in enumerate(images)})
+            model.update(value, single_backward=len(groups) == 1)
+            for group in groups:
+                parts = [images[int(task)] for task in group]
+                features = model(torch.cat(parts)).float()
+                with torch.autocast(device.type, enabled=False):
+                    features = torch.nn.functional.normalize(features, dim=-1).split([len(part) for part in parts])
+                    losses = [softmax_entropy(f @ heads[int(t)].T).mean() for f, t in zip(features, group, strict=True)]
+                    total = torch.stack(losses).sum()
+                total.backward()
         return (model.coefficient_gradient(),)
 
     gradient_of = Recorded(compute, device) if recorded and model.recordable else compute

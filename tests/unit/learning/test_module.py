@@ -594,6 +594,13 @@ def test_on_a_cpu_as_many_tasks_together_as_stay_in_memory_that_is_used_again(
     assert passes(parts) == expected
 
 
+def test_half_precision_takes_twice_as_many_images_at_a_time() -> None:
+    image = torch.empty(1, dtype=torch.uint8).expand(1, 3, 1024, 1024)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert passes(dict.fromkeys("abc", image)) == [["a", "b"], ["c"]]
+    assert passes(dict.fromkeys("abc", image)) == [["a"], ["b"], ["c"]]
+
+
 def test_passes_on_a_gpu_take_all() -> None:
     image = torch.empty(64, 3, 2048, 2048, device="meta")
     assert passes({"a": image, "b": image}) == [["a", "b"]]
