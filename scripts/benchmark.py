@@ -86,7 +86,7 @@ def measure_accuracy(suite: str, optimizer: str, seed: int, every: int) -> dict:
 
     quiet()
     named = ["suite=mini"] if suite == "mini" else ["suite=folder", f"suite.root='{suite}'"]
-    config, _ = compose_config("train", [f"optimizer={optimizer}", *named])
+    config, _ = compose_config("train", ["method=adamerging_layerwise", f"optimizer={optimizer}", *named])
     settle(config, learned=True)
     problem = load(config)
     partition, coefficients = hydra.utils.instantiate(config.method).prepare(problem.bank)
