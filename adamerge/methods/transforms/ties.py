@@ -44,12 +44,13 @@ class Ties:
 
     def fit(self, bank: ParameterBank) -> ApplyTransform:
         trim = self._magnitude().fit(bank)
-        signs = [
+        signs = (
             total(part).sign().sum()
             for key, task_vectors in bank.task_vectors.items()
             for part in blocks(trim(key, task_vectors))
-        ]
-        majority = torch.stack(signs).sum().sign()
+        )
+        # Summed as they come: a list of such scalars lies between the freed blocks and keeps them from the system.
+        majority = sum(signs, torch.zeros(())).sign()
 
         def apply(key: str, task_vectors: Tensor) -> Tensor:
             trimmed = trim(key, task_vectors).contiguous()
