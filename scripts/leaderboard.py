@@ -22,7 +22,8 @@ import hydra.utils
 from omegaconf import OmegaConf
 from safetensors import safe_open
 
-from adamerge.cli.config import compose_config, options
+from adamerge.cli.config import cache_dir, compose_config, options
+from adamerge.tasks.problem import suite_named
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "leaderboard.json"
@@ -34,15 +35,22 @@ LEARNERS: dict[str, list[str]] = {
     "adamerging_layerwise": [],
     "adamerging_layerwise_pp": [],
     "concrete_task_arithmetic": ["schedule.steps=500"],
+    "concrete_adamerging_taskwise": ["schedule.steps=500"],
     "concrete_adamerging_layerwise": ["schedule.steps=500"],
     "self_positioning": [],
     "frank_wolfe_hard": [],
     "frank_wolfe_soft": [],
     "expert_merging": [],
     "expert_merging_pp": [],
+    "atlas_tta": [],
+    "atlas_fewshot": [],
+    "atlas_partition": ["method.target=null"],
     "atlas_addition": [],
     "adamerge": [],
 }
+SUPERVISED = ("atlas_fewshot", "atlas_partition", "atlas_addition")
+BY_TARGET = ("atlas_tta", "atlas_fewshot")
+"""Learners that make a model for one task at a time."""
 SEARCHED = ("task_arithmetic", "ties", "tsv_merge", "iso_c", "iso_cts")
 """Static methods that get a second row, with their scaling searched on the labelled split."""
 ABLATION: dict[str, list[str]] = {
@@ -68,12 +76,15 @@ class Experiment:
         data: What the method is given beside weights: ``none``, ``images`` or ``labels``.
         seeds: How many seeds are enough.
         anew: Whether nothing may come from a cache, since computing it is part of the method's cost.
+        by_target: Whether every task is the method's target once. Figures are then means over the targets, of their own
+            accuracy, but for λ and seconds, which add up.
     """
 
     options: tuple[str, ...]
     data: str
     seeds: int = 5
     anew: bool = False
+    by_target: bool = False
 
 
 def statics() -> dict[str, Experiment]:
@@ -103,40 +114,54 @@ def experiments() -> dict[str, Experiment]:
     for corruption in CORRUPTIONS:
         for method in ("adamerging_layerwise", "adamerge"):
             learned[f"{corruption}/{method}"] = [f"method={method}", f"data.corruption={corruption}"]
-    supervised = {"atlas_addition"}
     return {
-        name: Experiment(tuple(given), "labels" if name in supervised else "images") for name, given in learned.items()
+        name: Experiment(tuple(given), "labels" if name in SUPERVISED else "images", by_target=name in BY_TARGET)
+        for name, given in learned.items()
     } | {f"static/{name}": experiment for name, experiment in statics().items()}
 
 
 def run(experiment: Experiment, suite: str, seed: int) -> dict:
-    """One run's figures."""
+    """One seed's figures."""
     named = ["suite=mini"] if suite == "mini" else ["suite=folder", f"suite.root='{suite}'"]
+    settings = [*experiment.options, *named, f"seed={seed}"]
+    targets = [None]
+    if experiment.by_target:
+        cache = cache_dir(compose_config("train", [])[0])
+        targets = [task.name for task in suite_named(suite, suite, None, cache).tasks]
+    scores, runs = [], []
+    for target in targets:
+        results, count = train([*settings, *([f"method.target={target}"] if target else [])], anew=experiment.anew)
+        scores += [results["tasks"][target]] if target else results["tasks"].values()
+        runs.append((results, count))
+    return {
+        "accuracy": 100 * mean(score["merged"] for score in scores),
+        "normalized": 100 * mean(score["normalized"] for score in scores),
+        "pretrained": 100 * mean(score["pretrained"] for score in scores),
+        "lowest_gain": 100 * min(score["merged"] - score["pretrained"] for score in scores),
+        "coefficients": sum(count for _, count in runs),
+        "seconds": sum(results["seconds"]["adapt"] for results, _ in runs),
+        "peak_MiB": max(results["peak_memory_bytes"] for results, _ in runs) / 2**20,
+        "steps": max(results["steps"] for results, _ in runs),
+        "labels": experiment.data == "labels",
+    }
+
+
+def train(settings: list[str], *, anew: bool) -> tuple[dict, int]:
+    """A run's results and how many coefficients it has learned."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "train.py"), *experiment.options, *named, f"seed={seed}"]
+        command = [sys.executable, str(ROOT / "train.py"), *settings]
         command += [f"paths.run_dir={folder}/run", "export.figures=false", "export.checkpoint=false"]
-        if experiment.anew:
+        if anew:
             command.append(f"paths.cache_dir={folder}/cache")
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
         results = json.loads(Path(folder, "run", "results.json").read_text())
         coefficients = Path(folder, "run", "coefficients.safetensors")
-        count = 0
-        if coefficients.exists():
-            with safe_open(coefficients, framework="pt") as file:
-                count = file.get_tensor("coefficients").numel()
-    return {
-        "accuracy": 100 * results["average"]["merged"],
-        "normalized": 100 * results["average"]["normalized"],
-        "pretrained": 100 * results["average"]["pretrained"],
-        "lowest_gain": 100 * min(task["merged"] - task["pretrained"] for task in results["tasks"].values()),
-        "coefficients": count,
-        "seconds": results["seconds"]["adapt"],
-        "peak_MiB": results["peak_memory_bytes"] / 2**20,
-        "steps": results["steps"],
-        "labels": experiment.data == "labels",
-    }
+        if not coefficients.exists():
+            return results, 0
+        with safe_open(coefficients, framework="pt") as file:
+            return results, file.get_tensor("coefficients").numel()
 
 
 def spread(runs: list[dict], name: str, digits: int = 1) -> str:
