@@ -324,7 +324,7 @@ def main() -> None:
         chip, device = "gpu", torch.cuda.get_device_name()
     else:
         capability = torch.backends.cpu.get_cpu_capability()  # two CPUs of one name may differ in it, or in AMX
-        capability += " AMX" if torch.cpu.get_capabilities().get("amx_bf16") else ""
+        capability += " AMX" if getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16") else ""
         chip, device = "cpu", f"{processor()} {capability} {arguments.threads} threads"
     name = re.sub(r"\W+", "-", device).strip("-").lower()
     out = arguments.out or ROOT / "benchmarks" / "results" / f"{name}.json"
