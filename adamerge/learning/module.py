@@ -16,7 +16,7 @@ from adamerge.learning.recorded import Recorded
 from adamerge.learning.schedule import Schedule
 from adamerge.learning.selection import Selection
 from adamerge.merging import Coefficients, MergedModel
-from adamerge.tasks.datamodule import HELD_OUT, Batch
+from adamerge.tasks.datamodule import HELD_OUT, STARTS, Batch
 
 
 class CoefficientLearner(pl.LightningModule):
@@ -36,8 +36,8 @@ class CoefficientLearner(pl.LightningModule):
         penalty: λ and the raw parameter → a scalar that is added to the loss, or None.
         optimizer: Parameters → optimiser.
         schedule: Of its rate, of the iterates that count, and of an early end.
-        starts: Constant λ to compare on the draws ``HELD_OUT``: learning starts from the one of least loss, and the
-            result is that one again if learning has only raised the loss. None: learning starts as it is.
+        starts: Constant λ to compare on the draws ``STARTS``: learning starts from the one of least loss, and the
+            last iterate is that one again if learning has only raised the loss. None: learning starts as it is.
         selection: Chooses the result among the iterates; without one it is the last.
         held_out_every: Without a selection the result is the iterate, of the start and of every so many steps, of least
             loss on the draws ``HELD_OUT``; None: it is the last.
@@ -173,28 +173,28 @@ class CoefficientLearner(pl.LightningModule):
         """At the end, before the last checkpoint, which a resumed run takes the result from."""
         if self._starts and self.failed_step < 0:
             loss, start = self._best_start()
-            if self._held_out_loss() > loss:
+            if self._loss_on(STARTS) > loss:
                 self.coefficients.set(start)
 
     @torch.no_grad()
     def _best_start(self) -> tuple[float, float]:
-        """The least loss on the draws held out, and the constant λ that gives it."""
+        """The least loss on the draws ``STARTS``, and the constant λ that gives it."""
         losses = []
         parameters = list(self.coefficients.parameters())
         present = parameters_to_vector(parameters).clone()
         for start in self._starts:
             self.coefficients.set(start)
-            losses.append((self._held_out_loss(), start))
+            losses.append((self._loss_on(STARTS), start))
         vector_to_parameters(present, parameters)
         return min(losses, key=lambda found: found if isfinite(found[0]) else (inf, found[1]))
 
     @torch.no_grad()
-    def _held_out_loss(self) -> float:
+    def _loss_on(self, draws: Iterable[int]) -> float:
         """Of the present coefficients, over all tasks."""
         trainer: Any = self.trainer
         self.model.update(self.coefficients())
         total = 0.0
-        for draw in HELD_OUT:
+        for draw in draws:
             batch = trainer.strategy.batch_to_device(trainer.datamodule.batch(draw), self.device)
             with trainer.precision_plugin.forward_context():
                 total += float(self._task_losses(self.model, batch).sum())
@@ -207,7 +207,7 @@ class CoefficientLearner(pl.LightningModule):
         if every is None or (steps % every and steps != self._end):
             return
         self.model.update(self.coefficients())
-        merit = self._selection(self.model) if self._selection is not None else -self._held_out_loss()
+        merit = self._selection(self.model) if self._selection is not None else -self._loss_on(HELD_OUT)
         if merit is None:
             self._stop(steps)
         elif (worth := torch.tensor(merit)) > self.best_merit.cpu():

@@ -23,8 +23,11 @@ known about the images, by name (n, …)."""
 
 _READER = ThreadPoolExecutor(1, "batches")
 
-HELD_OUT = range(-4, 0)
-"""Draws that no step makes, to compare coefficients on; of images that no step sees only after ``hold_out``."""
+STARTS = range(-4, 0)
+"""Draws that no step makes, to compare coefficients on that are not learned; of all images."""
+
+HELD_OUT = range(-8, -4)
+"""Draws to compare on what was learned: after ``hold_out`` of images that no step sees, else of all."""
 
 
 def generator_for(*parts: object) -> torch.Generator:
@@ -129,7 +132,7 @@ class TaskImages(pl.LightningDataModule):
         if images_per_batch < 1 or batches_per_step < 1:
             raise ConfigError("data.images_per_batch and data.batches_per_step are at least 1.")
         self._images, self._indices = images, indices
-        self._held_out: Mapping[str, Tensor] = indices
+        self._usable = self._held_out = indices
         self.targets: Mapping[str, Mapping[str, Tensor]] = {task: {} for task in images}
         self.on_device = False
         self.view: RandomView | None = None
@@ -156,7 +159,7 @@ class TaskImages(pl.LightningDataModule):
 
     def draw(self, task: str, step: int) -> Sequence[Tensor]:
         """Indices of one task's batches at one step, over all ranks: each (≤ images_per_batch,)."""
-        usable = (self._held_out if step in HELD_OUT else self._indices)[task]
+        usable = (self._held_out if step in HELD_OUT else self._usable if step in STARTS else self._indices)[task]
         order = torch.randperm(len(usable), generator=generator_for("step", self._seed, task, step))
         if self.trusted_share is None:
             return usable[order[: self._images_per_batch * self._batches_per_step]].split(self._images_per_batch)
@@ -172,9 +175,9 @@ class TaskImages(pl.LightningDataModule):
         return [torch.cat(part) for part in parts]
 
     def drawn(self, task: str, steps: int) -> Tensor:
-        """Indices of all images of a task in the first ``steps`` draws and those held out, ascending."""
+        """Indices of all images of a task in the first ``steps`` draws and those that compare, ascending."""
         usable, seen = self._indices[task], torch.zeros(len(self._images[task]), dtype=torch.bool)
-        for step in chain(HELD_OUT, range(steps)):
+        for step in chain(STARTS, HELD_OUT, range(steps)):
             seen[torch.cat(list(self.draw(task, step)))] = True
             if step % 16 == 0 and bool(seen[usable].all()):
                 break

@@ -1,7 +1,7 @@
 """The learner under a real Trainer against an independent implementation on the same batches; what it must not do."""
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from reference import layerwise, tower
 from torch import Tensor, nn
+from torch.func import functional_call
 from unit.zoo import make_bank
 
 from adamerge.bank import ParameterBank
@@ -23,7 +24,7 @@ from adamerge.learning.module import CoefficientLearner
 from adamerge.learning.schedule import Schedule
 from adamerge.merging import Coefficients, MergedModel, Partition
 from adamerge.objectives import Entropy, Objective, Outputs, Target
-from adamerge.tasks.datamodule import TaskImages
+from adamerge.tasks.datamodule import HELD_OUT, TaskImages
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning:pytorch_lightning"
@@ -137,6 +138,7 @@ def fit(
     fuse_tasks: Any = True,
     check_every: int = 10,
     held_out_every: int | None = None,
+    starts: Sequence[float] = (),
     data: TaskImages | None = None,
     precision: str = "32-true",
     accelerator: str = "cpu",
@@ -155,6 +157,7 @@ def fit(
         max_steps=steps,
         check_every=check_every,
         held_out_every=held_out_every,
+        starts=starts,
     )
     trainer = make_trainer(
         max_steps=steps,
@@ -278,6 +281,32 @@ def test_the_result_is_the_iterate_that_does_best_on_the_draws_held_out(setting:
     at_the_end = fit(setting, 10, optimizer=partial(torch.optim.SGD, lr=0.1)).learner
     assert torch.equal(falling.learner.result(), at_the_end.result())
     assert torch.equal(at_the_end.result(), at_the_end.coefficients())
+
+
+def test_learning_starts_from_the_constant_that_does_best_on_all_images(setting: Setting) -> None:
+    starts = [-step / 10 for step in range(20)]
+    few = {task: images[:4] for task, images in setting.images.items()}
+    data = setting.data(few)
+    data.hold_out()
+
+    def best(images: dict[str, Tensor]) -> float:
+        def entropy(start: float) -> float:
+            weights = {k: v + start * sum(expert[k] - v for expert in setting.experts) for k, v in base.items()}
+            outputs = {
+                task: Outputs.of(functional_call(setting.network, weights, (normalized(images[task]),)), head)
+                for task, head in setting.heads.items()
+            }
+            return sum(Entropy()(found, Target()).mean().item() for found in outputs.values())
+
+        base = setting.pretrained
+        return min(starts, key=entropy)
+
+    held_out = {task: few[task][data.draw(task, HELD_OUT[0])[0]] for task in TASKS}
+    assert best(held_out) != best(few)
+    found = fit(
+        setting, 1, constraint="identity", data=data, starts=starts, held_out_every=1
+    ).learner.mean_coefficients[0]
+    assert found.tolist() == pytest.approx([best(few)] * 3)
 
 
 # What it trains, and what not

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adamerge.errors import ConfigError, DataError
-from adamerge.tasks.datamodule import HELD_OUT, TaskImages, generator_for, split_indices
+from adamerge.tasks.datamodule import HELD_OUT, STARTS, TaskImages, generator_for, split_indices
 
 SIZES = {"a": 100, "b": 40, "c": 90}
 
@@ -175,13 +175,13 @@ def test_counts_below_one_are_refused(option: str) -> None:
     batches_per_step=st.integers(1, 2),
     steps=st.integers(0, 40),
 )
-def test_drawn_are_the_images_of_all_steps_and_of_the_draws_held_out(
+def test_drawn_are_the_images_of_all_steps_and_of_the_draws_that_compare(
     size: int, usable: int, images_per_batch: int, batches_per_step: int, steps: int
 ) -> None:
     indices = {"t": torch.arange(size)[-usable:]}
     module = make({"t": size}, indices=indices, images_per_batch=images_per_batch, batches_per_step=batches_per_step)
     expected = {
-        index for step in [-4, -3, -2, -1, *range(steps)] for batch in drawn(module, "t", step) for index in batch
+        index for step in [*range(-8, 0), *range(steps)] for batch in drawn(module, "t", step) for index in batch
     }
     assert module.drawn("t", steps).tolist() == sorted(expected)
 
@@ -194,28 +194,31 @@ def test_drawn_of_many_steps_stops_looking_once_it_has_all(monkeypatch: pytest.M
     assert len(asked) < 100
 
 
-def test_the_draws_held_out_are_those_of_no_step() -> None:
+@pytest.mark.parametrize("draws", [STARTS, HELD_OUT])
+def test_the_draws_that_compare_are_those_of_no_step(draws: range) -> None:
     module = make({"a": 100})
-    held_out = [str(drawn(module, "a", step)) for step in HELD_OUT]
-    assert all(step < 0 for step in HELD_OUT)
+    held_out = [str(drawn(module, "a", step)) for step in draws]
+    assert all(step < 0 for step in draws)
     assert len(set(held_out)) == len(held_out) == 4
     assert not set(held_out) & {str(drawn(module, "a", step)) for step in range(200)}
     assert [len(batch) for batch in module.draw("a", -1)] == [16, 16]  # of the size of a step's
 
 
-@pytest.mark.parametrize(("count", "half"), [(1, 1), (2, 1), (9, 4), (100, 50)])
+@pytest.mark.parametrize(("count", "half"), [(1, 1), (2, 1), (9, 4), (80, 40)])
 def test_images_held_out_are_seen_by_no_step(count: int, half: int) -> None:
     module, again = make({"t": count}), make({"a": 5, "t": count})
     module.hold_out()
     again.hold_out()
-    kept, seen = (
+    kept, seen, compared = (
         {index for step in steps for batch in drawn(module, "t", step) for index in batch}
-        for steps in (HELD_OUT, range(60))
+        for steps in (HELD_OUT, range(60), STARTS)
     )
     assert len(kept) == half
     assert kept | seen == set(range(count)) == set(module.drawn("t", 60).tolist())
     assert kept == seen if count == 1 else not kept & seen
-    assert all(drawn(module, "t", step) == drawn(again, "t", step) for step in range(-4, 4))
+    assert compared & kept
+    assert compared & seen  # what is not learned is compared on all images
+    assert all(drawn(module, "t", step) == drawn(again, "t", step) for step in range(-8, 4))
 
 
 @pytest.mark.parametrize(("per_batch", "batches", "expected"), [(16, 2, 4), (100, 1, 1), (101, 1, 1), (33, 1, 4)])
