@@ -1,9 +1,9 @@
 """Both passes over τ for all tensors in one launch: by Triton on CUDA devices, in C on a CPU (native.py).
 
-Whatever a launch cannot take (other devices and dtypes, partitions whose groups are no segments) is handed back, to be
-done by torch's own operations (kernels.py), which are also the oracle of the tests. Before the first launch for a dtype
-on a device a small case is computed both ways; what fails it is left alone. ADAMERGE_KERNELS=torch in the environment
-does the same to all devices.
+Whatever a launch cannot take (other devices and dtypes, on a GPU groups that are drawn entry by entry) is handed back,
+to be done by torch's own operations (kernels.py), which are also the oracle of the tests. Before the first launch for a
+dtype on a device small cases are computed both ways; what fails them is left alone. ADAMERGE_KERNELS=torch in the
+environment does the same to all devices.
 """
 
 import logging
@@ -68,8 +68,8 @@ def add_all(
         for key, part in _alike(rows, partition).items()
         if all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in (base[key], out[key]))
     }
-    if mine:
-        _add({key: (out[key], base[key]) for key in mine}, mine, weights, partition)
+    for some in _launches(mine, partition):
+        _add({key: (out[key], base[key]) for key in some}, some, weights, partition)
     return {key: part for key, part in rows.items() if key not in mine}
 
 
@@ -90,13 +90,13 @@ def contract_all(
         The tensors that were not taken.
     """
     mine = {key: part for key, part in _alike(rows, partition).items() if gradients[key].dtype != torch.float64}
-    if mine:
-        _contract({key: gradients[key] for key in mine}, mine, partition, total)
+    for some in _launches(mine, partition):
+        _contract({key: gradients[key] for key in some}, some, partition, total)
     return {key: part for key, part in rows.items() if key not in mine}
 
 
 def _alike(rows: Mapping[str, Rows], partition: Partition) -> dict[str, Rows]:
-    """The tensors that one launch can take: on one device, of one dtype that kernels read, in segments."""
+    """The tensors that launches can take: on one device, of one dtype that kernels read, with groups that they know."""
     first = next(iter(rows.values()), None)
     if first is None:
         return {}
@@ -109,8 +109,15 @@ def _alike(rows: Mapping[str, Rows], partition: Partition) -> dict[str, Rows]:
         if part.values.dtype == first.values.dtype
         and part.values.is_contiguous()
         and (part.scales is None or part.scales.is_contiguous())
-        and partition.segments.get(key)
+        and (partition.segments.get(key) or (key in partition.scattered and _in_c(part.values.device)))
     }
+
+
+def _launches(rows: dict[str, Rows], partition: Partition) -> list[dict[str, Rows]]:
+    """Tensors whose groups are runs of entries, and those whose groups are drawn."""
+    drawn = {key: part for key, part in rows.items() if key in partition.scattered}
+    runs = {key: part for key, part in rows.items() if key not in drawn}
+    return [some for some in (runs, drawn) if some]
 
 
 def _add(
@@ -128,10 +135,11 @@ def _contract(gradients: Mapping[str, Tensor], rows: Mapping[str, Rows], partiti
     tiles = _tiles(rows, partition, device)
     wide = {key: gradient.to(torch.float32).contiguous() for key, gradient in gradients.items()}
     tensors = _tensors(tiles, _addresses({key: (gradient,) for key, gradient in wide.items()}, rows), device)
-    sums = torch.empty(num_tasks, tiles.count, device=device)
+    sums = torch.empty(num_tasks, tiles.count * tiles.slots, device=device)
     _launch("contract", tiles, rows, tensors, sums, *sums.shape)
     if _in_c(device):
-        total.index_add_(0, tiles.table[:, 3], sums.t().to(total.dtype))
+        places = tiles.table[:, 3, None] + torch.arange(tiles.slots)  # beyond a tensor's own groups sums are 0
+        total.index_add_(0, places.flatten().clamp(max=len(total) - 1), sums.t().to(total.dtype))
         return
     for level, ((bounds, places), width) in enumerate(zip(tiles.levels, tiles.widths, strict=True), 1):
         last = level == len(tiles.levels)
@@ -160,7 +168,7 @@ def _launch(name: Literal["add", "contract"], tiles: Tiles, rows: Mapping[str, R
         return
     first = next(iter(rows.values()))
     if _in_c(first.values.device):
-        native.run(name, first.values.dtype, tiles.table, *arguments)
+        native.run(name, first.values.dtype, tiles.table, tiles.draws, *arguments)
         return
     from adamerge.merging.triton_kernels import STORED
 
@@ -237,14 +245,20 @@ def _works(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def check(device: torch.device, dtype: torch.dtype) -> None:
-    """Compute a small case both ways.
+    """Compute small cases both ways.
 
     Raises:
         ArithmeticError: If they differ.
         Exception: Whatever Triton, a compiler or the loader raises where it cannot run.
     """
     shapes = {"matrix": (4, 1040), "vector": (33,)}  # with tiles that are aligned and tiles that are not
-    partition = Partition.build("chunk(3)", shapes)
+    for granularity in ("chunk(3)", "random(3)")[: 1 + _in_c(device)]:
+        _check(device, dtype, shapes, Partition.build(granularity, shapes))
+
+
+def _check(
+    device: torch.device, dtype: torch.dtype, shapes: Mapping[str, tuple[int, ...]], partition: Partition
+) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(3, partition.num_groups, generator=generator).to(device)
     rows, pretrained = {}, {}
@@ -260,8 +274,8 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
     _contract(pretrained, rows, partition, totals[0])
     for key, base in pretrained.items():
         expected = torch.empty_like(base)
-        add_task_vectors(expected, base, rows[key], weights, partition.segments[key])
-        contract_task_vectors(rows[key], base, partition.segments[key], totals[1])
+        add_task_vectors(expected, base, rows[key], weights, partition.of(key))
+        contract_task_vectors(rows[key], base, partition.of(key), totals[1])
         if not torch.allclose(found[key], expected, rtol=1e-5, atol=1e-3):
             raise ArithmeticError(f"the merge of {dtype} task vectors is wrong")
     if not torch.allclose(*totals, rtol=1e-5, atol=1e-2):

@@ -3,6 +3,8 @@
  * Threads take tiles from a common counter. Within a tile a few tasks are read side by side, as many streams as a core
  * reads ahead, and what lies between them stays in its first cache. Task vectors are widened in registers and added up
  * in float32. Every tile is computed alike whichever thread takes it.
+ *
+ * Where groups are drawn entry by entry (Scattered in partition.py) they are drawn anew for a block at a time.
  */
 #include <pthread.h>
 #include <stdint.h>
@@ -34,6 +36,7 @@
 #endif
 #define WIDE 8  /* vectors that are added up together: enough to hide how long an addition takes */
 #define TASKS 8 /* that are read side by side */
+#define ADDED 4 /* tasks whose drawn groups' sums grow in turn, since each waits for its last addition */
 #define RUN 4   /* tiles that a thread takes at a time */
 #define INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
@@ -62,9 +65,15 @@ typedef struct {
 } Tile;
 
 typedef struct {
+    int64_t count; /* groups of a tensor */
+    uint64_t salt;
+} Draw;
+
+typedef struct {
     const Tile *tiles;
     const Tensor *tensors;
-    float *numbers; /* (K, columns): weights by group, or sums by tile */
+    const Draw *draws; /* by tensor, or none */
+    float *numbers;    /* (K, columns): weights by group, or sums by tile, of drawn groups by tile and group */
     int64_t num_tiles, num_tasks, columns, next;
 } Work;
 
@@ -247,6 +256,105 @@ INLINE void contract(const Work *work, int64_t index, int kind) {
     }
 }
 
+/* Numbers after one another; ``to`` has room for as many more as ``load`` takes. */
+INLINE void widen(float *to, const char *from, int64_t length, int kind) {
+    int count = share(kind), step = width(kind);
+    char few[4 * LANES] = {0};
+    vector found[4];
+    for (int64_t i = 0; i < length; i += count * LANES) {
+        const char *here = from + i * step;
+        if (i + count * LANES > length) here = memcpy(few, here, (length - i) * step);
+        load(found, here, kind);
+        collect(found, count);
+        memcpy(to + i, found, count * sizeof *found);
+    }
+}
+
+/* What is left of a tile from ``start``, but no more than a block nor, where rows have scales, than a row. */
+INLINE Tile strip(const Work *work, const Tile *tile, int64_t start) {
+    const Tensor *tensor = work->tensors + tile->tensor;
+    int64_t stop = start + BLOCK < tile->stop ? start + BLOCK : tile->stop, row = 0;
+    if (tensor->scales) {
+        int64_t columns = tensor->size / tensor->rows;
+        row = start / columns;
+        stop = stop < (row + 1) * columns ? stop : (row + 1) * columns;
+    }
+    return (Tile){tile->tensor, start, stop, tile->group, row};
+}
+
+/* Which of the tensor's groups each entry is of, as Scattered.groups has it. x % count is the upper half of
+ * (x * (2^64 / count) mod 2^64) * count for an x of 32 bits (Lemire, Kaser and Kurz, 2019). */
+INLINE void draw(uint32_t *groups, const Work *work, const Tile *part) {
+    const Draw *drawn = work->draws + part->tensor;
+    uint64_t inverse = UINT64_MAX / drawn->count + 1;
+    for (int64_t i = part->start; i < part->stop; i++) {
+        uint64_t mixed = i * 0x9E3779B97F4A7C15u + drawn->salt;
+        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9u;
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EBu;
+        mixed = (mixed ^ mixed >> 31) >> 32;
+        groups[i - part->start] = (unsigned __int128)(inverse * mixed) * drawn->count >> 64;
+    }
+}
+
+/* ``add`` where groups are drawn */
+INLINE void add_drawn(const Work *work, int64_t index, int kind) {
+    const Tile *tile = work->tiles + index;
+    const Tensor *tensor = work->tensors + tile->tensor;
+    float totals[BLOCK], found[BLOCK + 4 * LANES];
+    uint32_t groups[BLOCK];
+    for (int64_t start = tile->start; start < tile->stop;) {
+        Tile part = strip(work, tile, start);
+        int64_t length = part.stop - start;
+        draw(groups, work, &part);
+        memcpy(totals, tensor->base + start, length * sizeof *totals);
+        for (int64_t k = 0; k < work->num_tasks; k++) {
+            const float *weights = work->numbers + k * work->columns + tile->group;
+            float factor = scale(tensor, &part, k);
+            widen(found, at(tensor, &part, k, kind), length, kind);
+            for (int64_t i = 0; i < length; i++) totals[i] += factor * weights[groups[i]] * found[i];
+        }
+        memcpy(tensor->out + start, totals, length * sizeof *totals);
+        start = part.stop;
+    }
+}
+
+/* sums[k, groups[i]] += found[k][i] */
+INLINE void scatter(float *sums, int64_t stride, const uint32_t *groups, float (*found)[BLOCK + 4 * LANES],
+                    int64_t length, int64_t tasks) {
+    for (int64_t i = 0; i < length; i++)
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < tasks; k++) sums[k * stride + groups[i]] += found[k][i];
+}
+
+/* sums[k, tile, group] = sum over those p of the tile that are of the group of values[k, p] * gradient[p] */
+INLINE void contract_drawn(const Work *work, int64_t index, int kind) {
+    const Tile *tile = work->tiles + index;
+    const Tensor *tensor = work->tensors + tile->tensor;
+    int64_t count = work->columns / work->num_tiles;
+    float *sums = work->numbers + index * count, found[ADDED][BLOCK + 4 * LANES];
+    uint32_t groups[BLOCK];
+    for (int64_t k = 0; k < work->num_tasks; k++) memset(sums + k * work->columns, 0, count * sizeof *sums);
+    for (int64_t start = tile->start; start < tile->stop;) {
+        Tile part = strip(work, tile, start);
+        int64_t length = part.stop - start;
+        draw(groups, work, &part);
+        for (int64_t first = 0; first < work->num_tasks; first += ADDED) {
+            int64_t left = work->num_tasks - first, tasks = left < ADDED ? left : ADDED;
+            for (int64_t k = 0; k < tasks; k++) {
+                float factor = scale(tensor, &part, first + k);
+                widen(found[k], at(tensor, &part, first + k, kind), length, kind);
+                for (int64_t i = 0; i < length; i++) found[k][i] *= factor * tensor->out[start + i];
+            }
+            float *of_tasks = sums + first * work->columns;
+            if (tasks == ADDED)
+                scatter(of_tasks, work->columns, groups, found, length, ADDED);
+            else
+                scatter(of_tasks, work->columns, groups, found, length, tasks);
+        }
+        start = part.stop;
+    }
+}
+
 #define PASS(name, kind)                                                                                               \
     static void *name##_##kind(void *given) {                                                                          \
         Work *work = given;                                                                                            \
@@ -256,21 +364,19 @@ INLINE void contract(const Work *work, int64_t index, int kind) {
                 name(work, index, kind);                                                                               \
         return 0;                                                                                                      \
     }
-#define PASSES(kind) PASS(add, kind) PASS(contract, kind)
+#define PASSES(kind) PASS(add, kind) PASS(contract, kind) PASS(add_drawn, kind) PASS(contract_drawn, kind)
 PASSES(FLOAT32)
 PASSES(BFLOAT16)
 PASSES(FLOAT16)
 PASSES(INT8)
 
-static void *(*const PASS_OF[2][4])(void *) = {
-    {add_FLOAT32, add_BFLOAT16, add_FLOAT16, add_INT8},
-    {contract_FLOAT32, contract_BFLOAT16, contract_FLOAT16, contract_INT8},
-};
+#define OF(name) {name##_FLOAT32, name##_BFLOAT16, name##_FLOAT16, name##_INT8}
+static void *(*const PASS_OF[2][2][4])(void *) = {{OF(add), OF(contract)}, {OF(add_drawn), OF(contract_drawn)}};
 
 void run(int pass, int kind, int num_threads, const Tile *tiles, int64_t num_tiles, const Tensor *tensors,
-         float *numbers, int64_t num_tasks, int64_t columns) {
-    Work work = {tiles, tensors, numbers, num_tiles, num_tasks, columns, 0};
-    void *(*call)(void *) = PASS_OF[pass][kind];
+         const Draw *draws, float *numbers, int64_t num_tasks, int64_t columns) {
+    Work work = {tiles, tensors, draws, numbers, num_tiles, num_tasks, columns, 0};
+    void *(*call)(void *) = PASS_OF[draws != 0][pass][kind];
     pthread_t others[num_threads];
     int started = 0;
     while (started + 1 < num_threads && !pthread_create(others + started, 0, call, &work)) started++;

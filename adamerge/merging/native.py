@@ -31,6 +31,7 @@ def run(
     name: Literal["add", "contract"],
     dtype: torch.dtype,
     tiles: Tensor,
+    draws: Tensor | None,
     tensors: Tensor,
     numbers: Tensor,
     num_tasks: int,
@@ -41,9 +42,10 @@ def run(
     Args:
         name: Which.
         dtype: Of τ.
-        tiles: (T, 5), of at most ``BLOCK`` entries, as in ``Tiles.table``.
+        tiles: (T, 5), as in ``Tiles.table``; of at most ``BLOCK`` entries, unless there are draws.
+        draws: As in ``Tiles.draws``.
         tensors: (tensors, 7): addresses of output or gradient, θ₀, τ and its scales; entries, rows, whether aligned.
-        numbers: float32: weights (K, G) of ``add``, sums (K, T) to be written by ``contract``.
+        numbers: float32: weights (K, G) of ``add``, sums (K, T · slots) to be written by ``contract``.
         num_tasks: K.
         columns: Of ``numbers``.
 
@@ -60,6 +62,7 @@ def run(
         ctypes.c_void_p(tiles.data_ptr()),
         ctypes.c_int64(len(tiles)),
         ctypes.c_void_p(tensors.data_ptr()),
+        ctypes.c_void_p(None if draws is None else draws.data_ptr()),
         ctypes.c_void_p(numbers.data_ptr()),
         ctypes.c_int64(num_tasks),
         ctypes.c_int64(columns),

@@ -56,11 +56,15 @@ class Scattered:
 
         The position is mixed by the finaliser of SplitMix64 (Steele et al., OOPSLA 2014), the same on every device.
         """
-        salt = int.from_bytes(hashlib.sha256(f"{self.seed}/{self.key}".encode()).digest()[:7], "big")
-        mixed = torch.arange(start, stop, dtype=torch.int64, device=device) * -0x61C8864680B583EB + salt
+        mixed = torch.arange(start, stop, dtype=torch.int64, device=device) * -0x61C8864680B583EB + self.salt
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
             mixed = (mixed ^ _shift(mixed, shift)) * factor
         return self.first + _shift(mixed ^ _shift(mixed, 31), 32) % self.count
+
+    @property
+    def salt(self) -> int:
+        """What positions are mixed with, of 56 bits."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed}/{self.key}".encode()).digest()[:7], "big")
 
 
 def _shift(values: Tensor, bits: int) -> Tensor:

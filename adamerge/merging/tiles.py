@@ -1,7 +1,8 @@
 """The work of one launch, cut into pieces that a program of a GPU or a thread of a CPU does at once.
 
 A tile is a run of a limited number of entries of one flattened tensor that share a group and, where τ has a scale per
-row, a row. Tables of tiles depend on the partition and on the tensors' names and shapes alone, so they are made once.
+row, a row. Of tensors whose groups are drawn entry by entry it is any run, a longer one where groups are many. Tables
+of tiles depend on the partition and on the tensors' names and shapes alone, so they are made once.
 """
 
 import weakref
@@ -23,6 +24,9 @@ ALIGN = 16
 TILE_FIELDS = 5
 """Per tile: tensor, start and stop within it, group, row."""
 
+PER_BLOCK = 8
+"""Drawn groups: with more of them tiles are larger, so that sums take little memory beside τ."""
+
 WIDTH = 64
 """Numbers that are added up at a time, at most, when the sums of tiles become those of groups."""
 
@@ -35,7 +39,9 @@ class Tiles:
     """Tiles of some tensors, sorted by group.
 
     Attributes:
-        table: (T, ``TILE_FIELDS``), int64.
+        table: (T, ``TILE_FIELDS``), int64. The group of a tile whose entries draw theirs is their tensor's first.
+        draws: (tensors, 2), int64: of how many groups entries are drawn, and the draw's salt; None: nothing is drawn.
+        slots: Sums of a tile: 1, or the largest number of groups.
         levels: How T sums become one per group. Per level the bounds of R runs of neighbours (R + 1) and the place of
             each run's sum (R): in the next level, and in the last one the group. int64.
         widths: Of the longest run of each level, rounded up to ``NARROW`` or ``WIDTH``.
@@ -44,6 +50,8 @@ class Tiles:
     """
 
     table: Tensor
+    draws: Tensor | None
+    slots: int
     levels: tuple[tuple[Tensor, Tensor], ...]
     widths: tuple[int, ...]
     recent: dict[tuple, Tensor] = field(default_factory=dict)
@@ -62,25 +70,30 @@ def tiles_of(partition: Partition, rows: Mapping[str, Rows], block: int, upload:
     """Tiles of the tensors of ``rows``, numbered in their order.
 
     Args:
-        partition: Has segments for all of them.
+        partition: Has segments for all of them, or draws the groups of all.
         rows: Task vectors of any number of tasks on one device.
-        block: Entries of a tile at most, a multiple of ``ALIGN``.
+        block: Entries of a tile at most, a multiple of ``ALIGN``; where groups are drawn, per ``PER_BLOCK`` of them.
         upload: Brings a table there.
     """
     if (known := _KNOWN.get(id(partition))) is None:
         known = _KNOWN[id(partition)] = {}
         weakref.finalize(partition, _KNOWN.pop, id(partition), None)
-    columns = tuple(part.values.shape[2] if part.scales is not None else None for part in rows.values())
+    draws = [drawn for key in rows if (drawn := partition.scattered.get(key))]
+    columns = tuple(part.values.shape[2] if part.scales is not None and not draws else None for part in rows.values())
     device = next(iter(rows.values())).values.device
     if (tiles := known.get((device, block, columns, *rows))) is None:
-        parts = [_cut(partition.segments[key], width, block) for key, width in zip(rows, columns, strict=True)]
+        slots = max((drawn.count for drawn in draws), default=1)
+        runs = [[(0, drawn.size, drawn.first)] for drawn in draws] or [partition.segments[key] for key in rows]
+        size = block * -(-slots // PER_BLOCK)
+        parts = [_cut(of_tensor, width, size) for of_tensor, width in zip(runs, columns, strict=True)]
         owners = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
         table = torch.cat([owners[:, None], torch.cat(parts)], dim=1)
         table = table[table[:, 3].argsort(stable=True)]
         levels = _levels(table[:, 3])
         widths = tuple(NARROW if (bounds.diff() <= NARROW).all() else WIDTH for bounds, _ in levels)
         placed = tuple((upload(bounds), upload(places)) for bounds, places in levels)
-        tiles = known[(device, block, columns, *rows)] = Tiles(upload(table), placed, widths)
+        drawn = upload(torch.tensor([(d.count, d.salt) for d in draws], dtype=torch.int64)) if draws else None
+        tiles = known[(device, block, columns, *rows)] = Tiles(upload(table), drawn, slots, placed, widths)
     return tiles
 
 

@@ -55,20 +55,30 @@ def test_a_launch_equals_torch(case: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @needs_compiler
+@pytest.mark.parametrize("case", sorted(fused_cases.DRAWN))
+def test_so_it_does_where_groups_are_drawn(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "BLOCK", 512)
+    assert fused_cases.accepted(fused_cases.measure(case, CPU), launches=2)  # the scalar has a single group
+
+
+@needs_compiler
 @pytest.mark.usefixtures("shorter_vectors")
 def test_cpus_with_shorter_vectors_do_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "BLOCK", 512)
-    refused = [case for case in sorted(fused_cases.CASES) if not fused_cases.accepted(fused_cases.measure(case, CPU))]
-    assert not refused
+    for cases, launches in ((fused_cases.CASES, 1), (fused_cases.DRAWN, 2)):
+        assert not [
+            case for case in sorted(cases) if not fused_cases.accepted(fused_cases.measure(case, CPU), launches)
+        ]
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_last_bit_does_not_depend_on_the_number_of_threads(dtype: str) -> None:
+@pytest.mark.parametrize("granularity", ["task", "random(5)"])
+def test_the_last_bit_does_not_depend_on_the_number_of_threads(granularity: str, dtype: str) -> None:
     found = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        found.append(fused_cases.gradient(dtype, CPU))
+        found.append(fused_cases.gradient(dtype, CPU, granularity))
     torch.set_num_threads(1)
     assert all(torch.equal(found[0], other) for other in found[1:])
 
@@ -103,7 +113,8 @@ def widen_all(dtype: torch.dtype, offset: int) -> None:
 
 
 @needs_compiler
-def test_nothing_beside_a_tensor_is_read_or_written() -> None:
+@pytest.mark.parametrize("granularity", ["chunk(3)", "random(3)"])
+def test_nothing_beside_a_tensor_is_read_or_written(granularity: str) -> None:
     shape = (1, 37)
     room = torch.full((3, 5 + 37 + 5), torch.nan)
     base, out, values = room[:, 5:-5].unbind()
@@ -111,7 +122,7 @@ def test_nothing_beside_a_tensor_is_read_or_written() -> None:
     values.fill_(1)
     rows = {"a": Rows(values.view(1, *shape), None)}
     with fused_cases.taken():
-        partition = Partition.build("chunk(3)", {"a": shape})
+        partition = Partition.build(granularity, {"a": shape})
         assert not fused.add_all({"a": out}, {"a": base}, rows, torch.full((1, 3), 2.0), partition)
         total = torch.zeros(3, 1, dtype=torch.float64)
         assert not fused.contract_all({"a": base}, rows, partition, total)

@@ -140,11 +140,11 @@ def test_devices_without_kernels_and_devices_that_fail_are_left_alone(
 def test_a_wrong_result_does_not_pass_the_check(broken: str, stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def add(targets, rows, weights, partition) -> None:
         for key, (out, base) in targets.items():
-            kernels.add_task_vectors(out, base, rows[key], weights, partition.segments[key])
+            kernels.add_task_vectors(out, base, rows[key], weights, partition.of(key))
 
     def contract(gradients, rows, partition, total) -> None:
         for key, gradient in gradients.items():
-            kernels.contract_task_vectors(rows[key], gradient, partition.segments[key], total)
+            kernels.contract_task_vectors(rows[key], gradient, partition.of(key), total)
 
     monkeypatch.setattr(fused, "_add", add)
     monkeypatch.setattr(fused, "_contract", contract)
@@ -154,8 +154,9 @@ def test_a_wrong_result_does_not_pass_the_check(broken: str, stored: str, monkey
         fused.check(torch.device("cpu"), DTYPES[stored])
 
 
-def test_what_has_no_segments_is_handed_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_no_segments_is_handed_back_by_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "available", lambda *_: True)
+    monkeypatch.setattr(fused, "_in_c", lambda _: False)
     monkeypatch.setattr(fused, "SMALL", 0)
     bank = fused_cases.make_bank("float32", 2)
     partition = Partition.build("random(3)", bank.shapes)
