@@ -61,7 +61,7 @@ ABLATION: dict[str, list[str]] = {
     "never ends early": ["schedule.patience=0"],
     "λ in [0, 1]": ["method.constraint=clamp"],
     "entropy for agreement": ["objective=entropy", "method.grid=[]"],
-    "10 images per task": ["data.images_per_task=10"],
+    "10 images per task": ["data.images_per_task=10", "data.split_seed=${seed}"],
     "scored on the other half": ["data.adapt=half"],
 }
 CORRUPTIONS = ("gaussian_noise", "contrast", "jpeg")
