@@ -1,4 +1,5 @@
-"""Both passes over τ for all tensors in one launch: by Triton on CUDA devices, in C on a CPU (native.py).
+"""Both passes over τ for all tensors in one launch: by Triton on CUDA devices, in C on a CPU (native.py), where tensors
+whose groups are drawn entry by entry have a launch of their own.
 
 Whatever a launch cannot take (other devices and dtypes, on a GPU groups that are drawn entry by entry) is handed back,
 to be done by torch's own operations (kernels.py), which are also the oracle of the tests. Before the first launch for a

@@ -197,11 +197,11 @@ def test_drawn_of_many_steps_stops_looking_once_it_has_all(monkeypatch: pytest.M
 @pytest.mark.parametrize("draws", [STARTS, HELD_OUT])
 def test_the_draws_that_compare_are_those_of_no_step(draws: range) -> None:
     module = make({"a": 100})
-    held_out = [str(drawn(module, "a", step)) for step in draws]
+    comparing = [str(drawn(module, "a", step)) for step in draws]
     assert all(step < 0 for step in draws)
-    assert len(set(held_out)) == len(held_out) == 4
-    assert not set(held_out) & {str(drawn(module, "a", step)) for step in range(200)}
-    assert [len(batch) for batch in module.draw("a", -1)] == [16, 16]  # of the size of a step's
+    assert len(set(comparing)) == len(comparing) == 4
+    assert not set(comparing) & {str(drawn(module, "a", step)) for step in range(200)}
+    assert [len(batch) for batch in module.draw("a", draws[-1])] == [16, 16]  # of the size of a step's
 
 
 @pytest.mark.parametrize(("count", "half"), [(1, 1), (2, 1), (9, 4), (80, 40)])
