@@ -18,6 +18,7 @@ from torch import Tensor
 
 from adamerge.cli import config as configuration
 from adamerge.cli.console import announce, conclude
+from adamerge.cli.context import make_context
 from adamerge.cli.learning import learn_coefficients
 from adamerge.cli.lightning import quiet
 from adamerge.cli.loading import load
@@ -89,16 +90,18 @@ class Job:
         else:
             references = ({}, {}, {})
         pretrained, arithmetic, experts = references
+        statistic = getattr(method, "statistic", None)
+        context = make_context(statistic, problem, evaluator, self.console, config.seed, self.run_dir)
         learned, saved = None, None
         with self._phase("adapt"):
             if isinstance(method, Individual):
                 merged = None
             elif hasattr(method, "prepare"):
                 merged, saved, learned = learn_coefficients(
-                    method, problem, config, self.run_dir, self.method_name, evaluator
+                    method, problem, config, self.run_dir, self.method_name, evaluator, context
                 )
             else:
-                merged = merge_static(method, problem, evaluator, self.console, config.seed, self.run_dir)
+                merged = merge_static(method, problem, evaluator, self.console, context)
         if rank_zero_only.rank != 0:
             return None
         with self._phase("evaluate"), self.console.status("scoring the merged model"):

@@ -26,7 +26,7 @@ from adamerge.learning.selection import Selection
 from adamerge.learning.start import gradient_at_start
 from adamerge.learning.trusted import TrustedImages
 from adamerge.merging import Coefficients, MergedModel
-from adamerge.methods import Learner
+from adamerge.methods import Context, Learner
 from adamerge.methods.learned import Concrete
 from adamerge.objectives import FixMatch, Objective
 from adamerge.tasks.datamodule import TaskImages, draw_shots, split_indices
@@ -42,7 +42,13 @@ CANDIDATES_EVERY = 10
 
 
 def learn_coefficients(
-    method: Learner, problem: Problem, config: DictConfig, run_dir: Path, method_name: str, evaluator: Evaluator
+    method: Learner,
+    problem: Problem,
+    config: DictConfig,
+    run_dir: Path,
+    method_name: str,
+    evaluator: Evaluator,
+    context: Context,
 ) -> tuple[dict[str, Tensor], SavedCoefficients, Learned | None]:
     """Learn λ, or read it from the method's file.
 
@@ -59,7 +65,7 @@ def learn_coefficients(
         mask = mask_beside(saved, method.coefficients) if isinstance(method, Concrete) else None
         description = describe_mask(mask, description) if mask else description
         check_coefficients_fit(saved, problem, description, method.coefficients)
-        bank = _transformed(method, problem.bank)
+        bank = _transformed(method, problem.bank, context)
         model = MergedModel(problem.clip.image_encoder, masked(bank, mask) if mask else bank, saved.partition)
         model.update(saved.coefficients)
         return model.weights(), saved, None
@@ -69,7 +75,7 @@ def learn_coefficients(
     draws = method.draws(config.trainer.max_steps)
     data = _images(objective, tasks, problem, config, evaluator, draws, held_out=held_out)
     selection = _selection(method, objective, tasks, problem, config, evaluator)
-    bank = _transformed(method, problem.bank)
+    bank = _transformed(method, problem.bank, context)
     losses = TaskLosses(
         objective,
         {task: problem.heads[task] for task in tasks},
@@ -143,8 +149,8 @@ def learn_coefficients(
     return model.weights(), saved, learned
 
 
-def _transformed(method: Learner, bank: ParameterBank) -> ParameterBank:
-    return bank.transformed(method.transform.fit(bank), in_place=True) if method.transform else bank
+def _transformed(method: Learner, bank: ParameterBank, context: Context) -> ParameterBank:
+    return bank.transformed(method.transform.fit(bank, context), in_place=True) if method.transform else bank
 
 
 def _images(

@@ -1,5 +1,6 @@
 """What a transform of task vectors and a static merge are; a learned method is a ``methods.learned.Learner``."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self
@@ -8,18 +9,6 @@ from torch import Tensor
 
 from adamerge.bank import ParameterBank
 from adamerge.bank.parameter_bank import ApplyTransform
-
-
-class Transform(Protocol):
-    """Bank → bank, in two phases: statistics over all task vectors first, then tensor by tensor."""
-
-    def fit(self, bank: ParameterBank) -> ApplyTransform:
-        """Gather statistics; return the map ``(key, (K, *shape)) → (K, *shape)``."""
-        ...
-
-    def to_json(self) -> dict[str, Any]:
-        """Name and options, for the record beside the coefficients."""
-        ...
 
 
 class Statistic(Protocol):
@@ -48,10 +37,10 @@ class Statistic(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """What a static merge may use besides the bank.
+    """What a transform or a static merge may use besides the bank.
 
     Attributes:
-        statistics: Of the method's ``statistic``, by name: (K, …), tasks in the bank's order; read when asked for.
+        statistics: Of its ``statistic``, by name: (K, …), tasks in the bank's order; read when asked for.
         recompute: The same statistics where some tensors of every expert are replaced by those given first, for the
             keys given second; for methods that walk through the network.
         track: Wraps the items of a loop that takes long, to show its progress.
@@ -64,6 +53,23 @@ class Context:
 
 NOTHING = Context()
 """For methods whose bank is enough."""
+
+
+class Transform(ABC):
+    """Bank → bank, in two phases: statistics over all task vectors first, then tensor by tensor."""
+
+    @property
+    def statistic(self) -> Statistic | None:
+        """What must be known about the experts; None where their weights are enough."""
+        return None
+
+    @abstractmethod
+    def fit(self, bank: ParameterBank, context: Context = NOTHING) -> ApplyTransform:
+        """Gather statistics; return the map ``(key, (K, *shape)) → (K, *shape)``."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """Name and options, for the record beside the coefficients."""
 
 
 class StaticMethod(Protocol):

@@ -46,7 +46,7 @@ EXPERT_AT = {
     "opcm": [],
     "opt_merge": [],
     "opt_merge_lora": [],
-    "ota": ["method.density=1"],
+    "ota": ["method.transform.density=1"],
     "r_tsvm": ["method.outlier_weight=1"],
     "regmean": [],
     "regmean_pp": [],
@@ -113,7 +113,7 @@ class Case:
 
     def transformed(self, bank: ParameterBank) -> ParameterBank:
         transform = self.method.transform
-        return bank.transformed(transform.fit(bank)) if transform else bank
+        return bank.transformed(transform.fit(bank, context_of(self.method, bank))) if transform else bank
 
 
 def context_of(method: StaticMethod, bank: ParameterBank) -> Context:
@@ -247,13 +247,14 @@ def test_leaves_the_bank_untouched_and_shares_no_memory_with_it(case: Case, zoo:
     assert_weights(dict(bank.task_vectors), dict(zoo.bank.task_vectors), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in LEARNERS if compose(name).method.transform])
+@pytest.mark.parametrize("name", [name for name in METHODS if compose(name).config.method.get("transform")])
 def test_an_in_place_transform_gives_what_the_lazy_one_gives(name: str, zoo: Zoo) -> None:
-    transform = compose(name).method.transform
-    bank = copied(zoo.bank)
-    lazy = bank.transformed(transform.fit(bank))
+    method, bank = compose(name).method, copied(zoo.bank)
+    context, transform = context_of(method, bank), method.transform
+    assert transform.to_json()["name"]
+    lazy = bank.transformed(transform.fit(bank, context))
     expected = {key: lazy.task_vectors[key].clone() for key in lazy.task_vectors}
-    assert bank.transformed(transform.fit(bank), in_place=True) is bank
+    assert bank.transformed(transform.fit(bank, context), in_place=True) is bank
     assert_weights(dict(bank.task_vectors), expected, rtol=0, atol=0)
 
 

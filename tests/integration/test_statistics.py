@@ -48,12 +48,12 @@ def with_moments(files: dict[str, Path]) -> list[str]:
     """As conf/method/ota.yaml says."""
     named = ", ".join(f"{task}: {file}" for task, file in files.items())
     target = "{_target_: adamerge.statistics.Moments, files: {" + named + "}}"
-    return ["method=ota", "~method.curvature", f"+method.curvature={target}"]
+    return ["method=ota", "~method.transform.curvature", f"+method.transform.curvature={target}"]
 
 
 def test_moments_come_from_files(adamerge: Run, toy: Path, tmp_path: Path, moments: dict[str, Path]) -> None:
     merged = Path("merged") / "open_clip_model.safetensors"
-    adamerge(*with_moments(moments), "method.density=1", *on(toy, tmp_path / "run"))
+    adamerge(*with_moments(moments), "method.transform.density=1", *on(toy, tmp_path / "run"))
     assert record(tmp_path / "run")["statistic"]["files"] == {task: str(file) for task, file in moments.items()}
     adamerge("method=average", *on(toy, tmp_path / "mean"))  # which equal curvature gives
     found, mean = (load_file(tmp_path / name / merged) for name in ("run", "mean"))
@@ -61,7 +61,7 @@ def test_moments_come_from_files(adamerge: Run, toy: Path, tmp_path: Path, momen
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
     changed = {key: 100 * value for key, value in load_file(moments["sizes"]).items()}
     save_file(changed, moments["sizes"])
-    adamerge(*with_moments(moments), "method.density=1", *on(toy, tmp_path / "changed"))
+    adamerge(*with_moments(moments), "method.transform.density=1", *on(toy, tmp_path / "changed"))
     other = load_file(tmp_path / "changed" / merged)
     assert any((other[key] - value).abs().max() > 1e-3 for key, value in mean.items())
 
@@ -72,6 +72,30 @@ def test_a_task_without_moments_is_said(adamerge: Run, toy: Path, tmp_path: Path
     assert done.returncode != 0
     assert "task 'sizes' has no file of second moments" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+def test_a_learner_scales_what_curvature_keeps(adamerge: Run, toy: Path, tmp_path: Path) -> None:
+    options = {"exponent": 0, "epsilon": 0, "density": 0.3, "thresholds": "null"}
+    options |= {"normalize": "false", "masked": "base", "rank_one": "false"}
+    fisher = {"form": "sampled", "share": 0.9, "batch_size": 4, "images_per_task": 4, "seed": 0}
+    ota = [f"+method.transform.{name}={value}" for name, value in options.items()]
+    ota += [f"+method.transform.curvature.{name}={value}" for name, value in fisher.items()]
+    ota += ["+method.transform._target_=adamerge.methods.transforms.Ota"]
+    ota += ["+method.transform.curvature._target_=adamerge.statistics.Fisher"]
+    learner = ["method=adamerging_layerwise", "trainer.max_steps=3", "bank.dtype=float32"]
+    adamerge(*learner, *ota, *on(toy, tmp_path / "run"))
+    assert record(tmp_path / "run")["statistic"] == {"name": "fisher", **fisher}
+    file = tmp_path / "run" / "coefficients.safetensors"
+    adamerge(*learner, *ota, f"method.coefficients={file}", *on(toy, tmp_path / "again"))
+    merged = Path("merged") / "open_clip_model.safetensors"
+    found, again = (load_file(tmp_path / name / merged) for name in ("run", "again"))
+    assert all(torch.equal(again[key], value) for key, value in found.items())
+    pretrained = load_file(toy / "weights" / "pretrained.safetensors")
+    apart = [value != pretrained[key] for key, value in found.items() if key.startswith("visual.")]
+    moved = sum(int(one.sum()) for one in apart) / sum(one.numel() for one in apart)
+    assert 0.3 <= moved <= 0.3 * len(TASKS)  # each task keeps 0.3 of its entries
+    adamerge(*learner, *on(toy, tmp_path / "run"))
+    assert not (tmp_path / "run" / "statistics.json").exists()
 
 
 def test_scores_need_labels(adamerge: Run, toy: Path, tmp_path: Path) -> None:

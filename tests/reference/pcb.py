@@ -52,5 +52,7 @@ def pcb(rows: np.ndarray, density: float, clip: float, agreement: str, zeros: in
 # 0.73, cancels. Coordinate 3 is task 0's alone, and 2 is nobody's.
 WORKED = ((4.0, -2.0, 0.0, 1.0), (2.0, 2.0, -1.0, 0.0))
 WORKED_MERGED = (3.0, 2.0, 0.0, 1.0)
+# Of coordinate 0 task 0 gives 4/2 and task 1 2/2; what is one task's alone is all its own.
+WORKED_SHARES = ((2.0, 0.0, 0.0, 1.0), (1.0, 2.0, 0.0, 0.0))
 # With density 0.5 the thresholds are those of coordinate 3 and coordinate 1: only coordinate 0 is left.
 WORKED_HALF = (3.0, 0.0, 0.0, 0.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from adamerge.bank import ParameterBank
 from adamerge.errors import ConfigError
 from adamerge.merging import Coefficients, Partition
-from adamerge.methods.protocol import Transform, mean_normalized
+from adamerge.methods.protocol import Statistic, Transform, mean_normalized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,11 @@ class Learner(ABC):
 
     transform: Transform | None
     coefficients: str | None
+
+    @property
+    def statistic(self) -> Statistic | None:
+        """What must be known about the experts; None where their weights are enough."""
+        return self.transform.statistic if self.transform else None
 
     @abstractmethod
     def prepare(self, bank: ParameterBank) -> tuple[Partition, Coefficients]:

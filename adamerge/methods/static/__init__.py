@@ -11,8 +11,6 @@ from adamerge.methods.static.model_stock import ModelStock
 from adamerge.methods.static.mwa import MetricsWeightedAverage
 from adamerge.methods.static.opcm import ContinualOpcm, Opcm
 from adamerge.methods.static.opt_merge import OptMerge
-from adamerge.methods.static.ota import Ota
-from adamerge.methods.static.pcb import PCB
 from adamerge.methods.static.pretrained import Pretrained
 from adamerge.methods.static.r_tsvm import ReweightedTsvMerging
 from adamerge.methods.static.regmean import RegMean
@@ -26,7 +24,6 @@ from adamerge.methods.static.widen import Widen
 from adamerge.methods.static.wudi import WudiMerging
 
 __all__ = [
-    "PCB",
     "Average",
     "ContinualOpcm",
     "DeltaGuidedFusion",
@@ -40,7 +37,6 @@ __all__ = [
     "ModelStock",
     "Opcm",
     "OptMerge",
-    "Ota",
     "Pretrained",
     "RegMean",
     "ReweightedTsvMerging",

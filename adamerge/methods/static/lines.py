@@ -42,13 +42,13 @@ class LinesMerging(Scaled):
 
     @property
     def statistic(self) -> Statistic | None:
-        return self.merging.statistic
+        return self.merging.statistic or super().statistic
 
     def fit(self, bank: ParameterBank, context: Context) -> MergeVectors:
         transform = self.merging.transform
         if transform is None:
             return self.merging.fit(bank, context)
-        apply = transform.fit(bank)
+        apply = transform.fit(bank, context)
         merge = self.merging.fit(bank.transformed(apply), context)
         return lambda key, task_vectors: merge(key, apply(key, task_vectors))
 

@@ -26,7 +26,7 @@ class Scaled(ABC):
         transform: Applied to the task vectors first.
 
     Raises:
-        ConfigError: If ``scaling`` is another word, or a search has no grid.
+        ConfigError: If ``scaling`` is another word, a search has no grid, or the transform needs another statistic.
     """
 
     scaling: float | Literal["search"]
@@ -38,10 +38,15 @@ class Scaled(ABC):
             raise ConfigError(f"scaling is a number or 'search', found '{self.scaling}'.")
         if self.scaling == "search" and not self.grid:
             raise ConfigError("scaling=search needs at least one factor in method.grid.")
+        if self.transform and self.transform.statistic not in (None, self.statistic):
+            raise ConfigError(
+                "the method and its transform need to know different things about the experts, and a run gathers one. "
+                "Give both the same statistic or leave out method.transform."
+            )
 
     @property
     def statistic(self) -> Statistic | None:
-        return None
+        return self.transform.statistic if self.transform else None
 
     @abstractmethod
     def fit(self, bank: ParameterBank, context: Context) -> MergeVectors:
@@ -55,7 +60,7 @@ class Scaled(ABC):
     @torch.no_grad()
     def vector(self, bank: ParameterBank, context: Context) -> dict[str, Tensor]:
         """The merged vector by key, before scaling, in the dtypes of θ₀."""
-        seen = bank.transformed(self.transform.fit(bank)) if self.transform else bank
+        seen = bank.transformed(self.transform.fit(bank, context)) if self.transform else bank
         merge = self.fit(seen, context)
         found = {}
         for key in context.track(list(bank.pretrained)):

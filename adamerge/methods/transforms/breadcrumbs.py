@@ -9,11 +9,12 @@ from torch import Tensor
 from adamerge.bank import ParameterBank
 from adamerge.bank.parameter_bank import ApplyTransform
 from adamerge.errors import ConfigError
+from adamerge.methods.protocol import NOTHING, Context, Transform
 from adamerge.methods.transforms.quantiles import kth_smallest
 
 
 @dataclass(frozen=True)
-class Breadcrumbs:
+class Breadcrumbs(Transform):
     """Zero each tensor's ⌊drop_low·n⌋ smallest of n magnitudes and its ⌊drop_high·n⌋ largest; no rescaling.
 
     Entries that tie with the smallest or the largest that is kept stay.
@@ -46,7 +47,7 @@ class Breadcrumbs:
         if self.within not in ("tensor", "row"):
             raise ConfigError(f"entries are ranked within a 'tensor' or a 'row', found '{self.within}'.")
 
-    def fit(self, bank: ParameterBank) -> ApplyTransform:
+    def fit(self, bank: ParameterBank, context: Context = NOTHING) -> ApplyTransform:
         return lambda key, task_vectors: task_vectors * self._kept(task_vectors.abs())
 
     def to_json(self) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from adamerge.bank import ParameterBank
 from adamerge.bank.parameter_bank import ApplyTransform
 from adamerge.errors import ConfigError
 from adamerge.methods.coordinates import blocks, total
-from adamerge.methods.protocol import Transform
+from adamerge.methods.protocol import NOTHING, Context, Statistic, Transform
 from adamerge.methods.transforms.tall_masks import check_threshold, claims, options_to_json, per_task
 
 
 @dataclass(frozen=True)
-class Consensus:
+class Consensus(Transform):
     """Zero the coordinates that fewer than ``agreement`` tasks claim by their TALL masks.
 
     What stays sums to the masked multi-task vector: Task Arithmetic on it is Consensus Task Arithmetic, and with
@@ -47,13 +47,17 @@ class Consensus:
         if self.agreement < 1:
             raise ConfigError(f"agreement is a number of tasks, 1 or more; found {self.agreement}.")
 
-    def fit(self, bank: ParameterBank) -> ApplyTransform:
+    @property
+    def statistic(self) -> Statistic | None:
+        return self.before.statistic if self.before else None
+
+    def fit(self, bank: ParameterBank, context: Context = NOTHING) -> ApplyTransform:
         if self.agreement > bank.num_tasks:
             raise ConfigError(
                 f"agreement={self.agreement} of {bank.num_tasks} tasks leaves nothing to merge. Set it to at most that."
             )
         thresholds = per_task(self.threshold, bank.num_tasks)
-        prepare = self.before.fit(bank) if self.before else None
+        prepare = self.before.fit(bank, context) if self.before else None
 
         def apply(key: str, task_vectors: Tensor) -> Tensor:
             prepared = prepare(key, task_vectors) if prepare else task_vectors

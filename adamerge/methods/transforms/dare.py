@@ -10,10 +10,11 @@ from adamerge.bank import ParameterBank
 from adamerge.bank.parameter_bank import ApplyTransform
 from adamerge.errors import ConfigError
 from adamerge.merging.noise import uniform
+from adamerge.methods.protocol import NOTHING, Context, Transform
 
 
 @dataclass(frozen=True)
-class Dare:
+class Dare(Transform):
     """m ∘ τ / (1 - drop) with m = 0 at a fraction ``drop`` of the entries, drawn one by one, and 1 elsewhere.
 
     The mean over seeds is τ. A mask depends on the seed, the tensor's key and the task's name alone: not on the device,
@@ -49,7 +50,7 @@ class Dare:
         if self.masks not in ("own", "shared"):
             raise ConfigError(f"masks are each task's 'own' or 'shared' by all, found '{self.masks}'.")
 
-    def fit(self, bank: ParameterBank) -> ApplyTransform:
+    def fit(self, bank: ParameterBank, context: Context = NOTHING) -> ApplyTransform:
         names = bank.task_names
 
         def apply(key: str, task_vectors: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from adamerge.bank import ParameterBank
 from adamerge.bank.keys import block_of
 from adamerge.bank.parameter_bank import ApplyTransform
 from adamerge.errors import ConfigError
+from adamerge.methods.protocol import NOTHING, Context, Transform
 
 
 @dataclass(frozen=True)
-class Lines:
+class Lines(Transform):
     """Scale every tensor of all task vectors by α + β · depth, depth going from 0 in the first block to 1 in the last.
 
     Before a learner it is an initialiser: with ``method.init=1`` learning starts from λ[k, p] = α + β · depth(p), and
@@ -34,7 +35,7 @@ class Lines:
     embedding_depth: float
     output_depth: float
 
-    def fit(self, bank: ParameterBank) -> ApplyTransform:
+    def fit(self, bank: ParameterBank, context: Context = NOTHING) -> ApplyTransform:
         depth = depths(bank.pretrained, self.embedding_depth, self.output_depth)
         alpha = 1 / bank.num_tasks if self.alpha is None else self.alpha
         return lambda key, task_vectors: task_vectors * (alpha + self.beta * depth[key])

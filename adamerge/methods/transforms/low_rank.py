@@ -11,10 +11,11 @@ from adamerge.bank import ParameterBank
 from adamerge.bank.parameter_bank import ApplyTransform
 from adamerge.errors import ConfigError
 from adamerge.methods.matrices import blocks_of, check_patterns, svd
+from adamerge.methods.protocol import NOTHING, Context, Transform
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Transform):
     """Keep the leading singular directions of each task's matrices; other tensors stay as they are.
 
     Args:
@@ -44,7 +45,7 @@ class LowRank:
                 f"rank_share={self.rank_share} and energy={self.energy}."
             )
 
-    def fit(self, bank: ParameterBank) -> ApplyTransform:
+    def fit(self, bank: ParameterBank, context: Context = NOTHING) -> ApplyTransform:
         check_patterns(self.exclude, bank.pretrained)
         return self._apply
 

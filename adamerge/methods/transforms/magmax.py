@@ -8,10 +8,11 @@ from torch import Tensor
 
 from adamerge.bank import ParameterBank
 from adamerge.bank.parameter_bank import ApplyTransform
+from adamerge.methods.protocol import NOTHING, Context, Transform
 
 
 @dataclass(frozen=True)
-class MagMax:
+class MagMax(Transform):
     """Of the K entries at a coordinate only the one of largest magnitude stays.
 
     Where several are as large, that of the task whose name comes first in the alphabet.
@@ -22,7 +23,7 @@ class MagMax:
     Source: MagMax, arXiv:2407.06322.
     """
 
-    def fit(self, bank: ParameterBank) -> ApplyTransform:
+    def fit(self, bank: ParameterBank, context: Context = NOTHING) -> ApplyTransform:
         names = bank.task_names
         alphabetical = sorted(range(len(names)), key=names.__getitem__)
 

@@ -9,11 +9,12 @@ from torch import Tensor
 from adamerge.bank import ParameterBank
 from adamerge.bank.parameter_bank import ApplyTransform
 from adamerge.errors import ConfigError
+from adamerge.methods.protocol import NOTHING, Context, Transform
 from adamerge.methods.transforms.quantiles import kth_smallest
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Transform):
     """Keep each task's largest entries; no rescaling. It is the trim of TIES.
 
     Of d magnitudes those stay that reach the (d - ⌊density·d⌋)-th smallest: ⌊density·d⌋ + 1 entries, and what ties.
@@ -49,7 +50,7 @@ class Magnitude:
                 "Set structural_zeros=0 or thresholds=global."
             )
 
-    def fit(self, bank: ParameterBank) -> ApplyTransform:
+    def fit(self, bank: ParameterBank, context: Context = NOTHING) -> ApplyTransform:
         if self.thresholds == "tensor":
             return lambda key, task_vectors: _keep(
                 task_vectors, self._limit(lambda: [task_vectors.abs()], task_vectors[0].numel())

@@ -11,11 +11,11 @@ from adamerge.bank import ParameterBank
 from adamerge.bank.parameter_bank import ApplyTransform
 from adamerge.errors import ConfigError
 from adamerge.methods.coordinates import blocks, total
-from adamerge.methods.protocol import Transform
+from adamerge.methods.protocol import NOTHING, Context, Statistic, Transform
 
 
 @dataclass(frozen=True)
-class TallMasks:
+class TallMasks(Transform):
     """m_t ∘ τ_MTL for each task t: what of the multi-task vector stands for its own task vector.
 
     τ_MTL = Σ_k τ_k; m_t = 1 where |τ_t| > λ_t · |τ_MTL - τ_t|. These are K reconstructions, not parts of one model: to
@@ -40,9 +40,13 @@ class TallMasks:
     def __post_init__(self) -> None:
         check_threshold(self.threshold)
 
-    def fit(self, bank: ParameterBank) -> ApplyTransform:
+    @property
+    def statistic(self) -> Statistic | None:
+        return self.before.statistic if self.before else None
+
+    def fit(self, bank: ParameterBank, context: Context = NOTHING) -> ApplyTransform:
         thresholds = per_task(self.threshold, bank.num_tasks)
-        prepare = self.before.fit(bank) if self.before else None
+        prepare = self.before.fit(bank, context) if self.before else None
 
         def apply(key: str, task_vectors: Tensor) -> Tensor:
             prepared = prepare(key, task_vectors) if prepare else task_vectors

@@ -9,11 +9,12 @@ from torch import Tensor
 from adamerge.bank import ParameterBank
 from adamerge.bank.parameter_bank import ApplyTransform
 from adamerge.methods.coordinates import blocks, total
+from adamerge.methods.protocol import NOTHING, Context, Transform
 from adamerge.methods.transforms.magnitude import Magnitude
 
 
 @dataclass(frozen=True)
-class Ties:
+class Ties(Transform):
     """Keep each task's largest entries, and of those the ones that agree with the sign elected per coordinate.
 
     Trim: ``Magnitude``. Elect: the sign of the sum of trimmed vectors, a coordinate that sums to zero taking the
@@ -42,8 +43,8 @@ class Ties:
     def __post_init__(self) -> None:
         self._magnitude()
 
-    def fit(self, bank: ParameterBank) -> ApplyTransform:
-        trim = self._magnitude().fit(bank)
+    def fit(self, bank: ParameterBank, context: Context = NOTHING) -> ApplyTransform:
+        trim = self._magnitude().fit(bank, context)
         signs = (
             total(part).sign().sum()
             for key, task_vectors in bank.task_vectors.items()

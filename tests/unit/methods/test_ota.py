@@ -1,5 +1,6 @@
 """OTA and FFG against an example worked by hand and loops over entries with sorting."""
 
+import json
 from collections.abc import Mapping
 from math import ceil
 from typing import Any
@@ -14,8 +15,9 @@ from unit.flat_bank import bank_of, flat
 
 from adamerge.errors import ConfigError
 from adamerge.methods import Context
-from adamerge.methods.static import Ota
-from adamerge.methods.static import ota as module
+from adamerge.methods.static import FisherMerging, TaskArithmetic
+from adamerge.methods.transforms import Consensus, Ota
+from adamerge.methods.transforms import ota as module
 from adamerge.statistics import Moments
 
 CURVATURE, TASK_VECTORS = np.array(reference.CURVATURE), np.array(reference.CURVED_TASK_VECTORS)
@@ -24,21 +26,23 @@ PLAIN: dict[str, Any] = {
     "epsilon": 0.0,
     "density": 0.4,
     "thresholds": None,
+    "normalize": True,
     "masked": "base",
     "rank_one": False,
 }
 SPLITS = [{"a": (5,)}, {"b": (2, 2), "a": ()}, {"b": (1,), "a": (2, 1, 2)}]
 
 
-def merging(**options: Any) -> Ota:
-    return Ota(**({"curvature": Moments({}), "scaling": 1.0, "grid": (), "transform": None} | PLAIN | options))
+def ota(**options: Any) -> Ota:
+    return Ota(**({"curvature": Moments({})} | PLAIN | options))
 
 
 def merged(
     curvature: np.ndarray, task_vectors: np.ndarray, shapes: Mapping[str, tuple[int, ...]] | None = None, **options: Any
 ) -> np.ndarray:
     bank = bank_of(task_vectors, shapes or {"a": task_vectors.shape[1:]})
-    found = merging(**options)(bank, Context(bank_of(curvature, bank.shapes).task_vectors))
+    merging = TaskArithmetic(scaling=1.0, grid=(), transform=ota(**options))
+    found = merging(bank, Context(bank_of(curvature, bank.shapes).task_vectors))
     return flat({key: tensor[None] for key, tensor in found.items()})[0]
 
 
@@ -61,10 +65,43 @@ def test_worked_example(shapes: Mapping[str, tuple[int, ...]], options: dict[str
     np.testing.assert_allclose(found, reference.OTA_MERGED[expected], rtol=1e-6, atol=1e-7)
 
 
-def test_scaling() -> None:
-    np.testing.assert_allclose(
-        merged(CURVATURE, TASK_VECTORS, scaling=2), 2 * np.array(reference.OTA_MERGED["base"]), rtol=1e-6, atol=1e-7
-    )
+@pytest.mark.parametrize("shapes", SPLITS, ids=str)
+def test_masks_alone_are_what_ffg_keeps(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    bank = bank_of(TASK_VECTORS, shapes)
+    context = Context(bank_of(CURVATURE, shapes).task_vectors)
+    transform = ota(exponent=0.0, normalize=False)
+    found = flat(bank.transformed(transform.fit(bank, context)).task_vectors)
+    saliency = CURVATURE * TASK_VECTORS**2
+    kept = saliency >= np.sort(saliency, axis=1)[:, -2:-1]  # two of five of each task, as derived in the reference
+    np.testing.assert_array_equal(found, (kept * TASK_VECTORS).astype(np.float32))
+
+
+def test_shares_are_of_the_dtype_of_task_vectors_and_leave_them() -> None:
+    bank = bank_of(TASK_VECTORS, {"a": (5,)}, torch.bfloat16)
+    before = bank.task_vectors["a"].clone()
+    apply = ota().fit(bank, Context({"a": torch.from_numpy(CURVATURE)}))
+    assert apply("a", bank.task_vectors["a"]).dtype == torch.bfloat16
+    assert torch.equal(bank.task_vectors["a"], before)
+
+
+def test_a_run_gathers_one_statistic() -> None:
+    transform = ota()
+    options: dict[str, Any] = {"weights": None, "normalize": True, "floor": 0.0, "floor_unit": "mean"}
+    options |= {"floor_rule": "max", "floor_tasks": None, "scaling": 1.0, "grid": ()}
+    assert FisherMerging(fisher=Moments({}), transform=transform, **options).statistic == transform.statistic
+    with pytest.raises(ConfigError, match="need to know different things"):
+        FisherMerging(fisher=Moments({"a": "other"}), transform=transform, **options)
+    consensus = Consensus(0.4, 2, transform)
+    assert consensus.statistic == transform.curvature
+    assert Consensus(0.4, 2, None).statistic is None
+    assert TaskArithmetic(scaling=1.0, grid=(), transform=consensus).statistic == transform.curvature
+
+
+def test_its_record_says_what_it_was_of() -> None:
+    record = ota(density=None, thresholds={"task0": 1.0}).to_json()
+    assert record == json.loads(json.dumps(record))
+    assert record["curvature"]["name"] == "moments"
+    assert record["thresholds"] == {"task0": 1.0}
 
 
 numbers = st.sampled_from([0.0, 0.0, 1e-12, 0.25, 1.0, 4.0])
@@ -133,13 +170,13 @@ def test_zeros_give_zeros_and_no_nan() -> None:
 def test_rank_one_is_of_sums() -> None:
     context = Context({"a": torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])})
     task_vectors = torch.ones(1, 2, 2)
-    found = merging(rank_one=True)._curvature("a", task_vectors, context)
+    found = ota(rank_one=True)._curvature("a", task_vectors, context)
     torch.testing.assert_close(found, torch.tensor([reference.RANK_ONE]))
-    assert torch.equal(merging()._curvature("a", task_vectors, context), context.statistics["a"])
+    assert torch.equal(ota()._curvature("a", task_vectors, context), context.statistics["a"])
 
 
 def test_rank_one_of_other_shapes_and_of_zeros() -> None:
-    method = merging(rank_one=True)
+    method = ota(rank_one=True)
     vector = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     assert torch.equal(method._curvature("a", vector, Context({"a": vector})), vector)  # (K, n): no matrix
     assert torch.equal(
@@ -196,4 +233,4 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 def test_tensors_without_curvature_are_named() -> None:
     bank = bank_of(TASK_VECTORS, {"a": (2,), "b": (3,)})
     with pytest.raises(ConfigError, match="no curvature of b"):
-        merging()(bank, Context({"a": bank.task_vectors["a"].abs()}))
+        ota().fit(bank, Context({"a": bank.task_vectors["a"].abs()}))

@@ -1,6 +1,7 @@
 """PCB-Merging against a second implementation by sorting and a matrix worked by hand."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,20 +12,21 @@ from unit.flat_bank import bank_of, flat
 
 from adamerge.bank import ParameterBank
 from adamerge.errors import ConfigError
-from adamerge.methods.static import PCB
+from adamerge.methods.static import TaskArithmetic
+from adamerge.methods.transforms import Pcb
 
 AGREEMENTS = ["normalized", "raw", "pairwise"]
 WORKED = np.array(reference.WORKED)
 SHAPES = {"w": (10, 20), "b": (30,), "one": (), "conv": (3, 1, 3, 3)}  # 258 entries
 
 
-def pcb(scaling: float = 1.0, **options: object) -> PCB:
-    options = {"density": 0.05, "clip": 0.01, "agreement": "normalized", "structural_zeros": 0, **options}
-    return PCB(scaling=scaling, grid=(), transform=None, **options)
+def pcb(**options: Any) -> Pcb:
+    return Pcb(**({"density": 0.05, "clip": 0.01, "agreement": "normalized", "structural_zeros": 0} | options))
 
 
-def merged(bank: ParameterBank, scaling: float = 1.0, **options: object) -> np.ndarray:
-    return flat({key: tensor[None] for key, tensor in pcb(scaling, **options)(bank).items()})[0]
+def merged(bank: ParameterBank, **options: Any) -> np.ndarray:
+    merging = TaskArithmetic(scaling=1.0, grid=(), transform=pcb(**options))
+    return flat({key: tensor[None] for key, tensor in merging(bank).items()})[0]
 
 
 def draw(tasks: int = 3, seed: int = 0) -> np.ndarray:
@@ -40,6 +42,14 @@ def test_worked_matrix(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
     for density, expected in ((0.75, reference.WORKED_MERGED), (0.5, reference.WORKED_HALF)):
         np.testing.assert_allclose(merged(bank, density=density, clip=0), expected, rtol=1e-6, atol=0)
         np.testing.assert_allclose(reference.pcb(WORKED, density, 0, "normalized"), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_learners_scale_is_each_tasks_share(dtype: torch.dtype) -> None:
+    bank = bank_of(WORKED, {"b": (1, 2), "a": (2,)}, dtype)
+    shares = bank.transformed(pcb(density=0.75, clip=0).fit(bank)).task_vectors
+    assert {tensor.dtype for tensor in shares.values()} == {dtype}
+    np.testing.assert_allclose(flat(shares), reference.WORKED_SHARES, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("agreement", AGREEMENTS)
@@ -75,7 +85,6 @@ def test_every_option_says_something() -> None:
             {"agreement": "raw"},
             {"agreement": "pairwise"},
             {"structural_zeros": 100},
-            {"scaling": 1.2},
         )
     ]
     for index, one in enumerate(found):
@@ -152,7 +161,7 @@ def test_the_bank_is_read_five_times_and_stays() -> None:
     rows = draw()
     bank = bank_of(rows, SHAPES, torch.float64)
     source = bank.task_vectors
-    pcb()(ParameterBank(bank.pretrained, Counted(), bank.task_names))
+    TaskArithmetic(scaling=1.2, grid=(), transform=pcb())(ParameterBank(bank.pretrained, Counted(), bank.task_names))
     assert Counted.reads == 5 * len(SHAPES)
     np.testing.assert_array_equal(flat(source), rows)
 
@@ -165,7 +174,6 @@ def test_options_out_of_range_are_refused() -> None:
         ({"clip": -0.01}, r"found -0\.01"),
         ({"agreement": "sign"}, r"unknown agreement 'sign'\. Choose normalized, raw or pairwise"),
         ({"structural_zeros": -1}, r"a count, 0 or more; found -1"),
-        ({"scaling": "best"}, r"a number or 'search', found 'best'"),
     ):
         with pytest.raises(ConfigError, match=message):
             pcb(**options)

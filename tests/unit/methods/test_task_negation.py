@@ -1,7 +1,6 @@
 """Task negation: what is subtracted, and which factor a search takes by a table of accuracies."""
 
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from adamerge.bank import ParameterBank
 from adamerge.cli.merging import merge_static
 from adamerge.errors import ConfigError
+from adamerge.methods import Context
 from adamerge.methods.static import TaskNegation
 
 KEY = "visual.proj"
@@ -57,7 +57,7 @@ def chosen(
 ) -> Tensor:
     problem: Any = SimpleNamespace(bank=bank, labelled=lambda: "the labelled split")
     evaluator: Any = Table(bank, target, control)
-    return merge_static(method(**options), problem, evaluator, Console(quiet=True), 0, Path())[KEY]
+    return merge_static(method(**options), problem, evaluator, Console(quiet=True), Context())[KEY]
 
 
 def at(bank: ParameterBank, factor: float) -> Tensor:

@@ -1,29 +1,29 @@
 """PCB-Merging: parameters compete for their coordinate, and the weak drop out."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from adamerge.bank import ParameterBank
+from adamerge.bank.parameter_bank import ApplyTransform
 from adamerge.errors import ConfigError
 from adamerge.methods.coordinates import blocks, total
-from adamerge.methods.protocol import Context
-from adamerge.methods.static.scaling import MergeVectors, Scaled
+from adamerge.methods.protocol import NOTHING, Context, Transform
 from adamerge.methods.transforms.quantiles import kth_smallest
 
 
-@dataclass(frozen=True, kw_only=True)
-class PCB(Scaled):
-    """θ₀ + scaling · Σ_k ŝ_k τ̄_k / Σ_k ŝ_k: a mean weighted by scores that are mostly zero.
+@dataclass(frozen=True)
+class Pcb(Transform):
+    """ŝ_k τ̄_k / Σ_j ŝ_j: each task's share in a mean that is weighted by scores, which are mostly zero.
 
     τ̄_k is τ_k with magnitudes clamped to two quantiles of its own, n_k those magnitudes brought to [0, 1]. Of the score
     b_k = exp(K·n_k²) · tanh(inter_k), importance within the task times agreement among tasks, only what exceeds its
     (1 - density) quantile counts: ŝ_k is max(b_k, quantile) brought to [0, 1]. All quantiles, minima and maxima are
     each task's, over all mergeable tensors together. Only coordinates that a task keeps move; one that a single task
-    keeps gets its whole τ̄.
+    keeps gets its whole τ̄. Task Arithmetic on these vectors is PCB-Merging.
 
     Args:
         density: Fraction of each task's entries whose scores count, in (0, 1]; the paper's mask ratio r.
@@ -50,7 +50,6 @@ class PCB(Scaled):
     structural_zeros: int
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not 0 < self.density <= 1:
             raise ConfigError(f"density is the fraction of entries that count, in (0, 1]; found {self.density}.")
         if not 0 <= self.clip < 0.5:
@@ -62,7 +61,7 @@ class PCB(Scaled):
         if self.structural_zeros < 0:
             raise ConfigError(f"structural_zeros is a count, 0 or more; found {self.structural_zeros}.")
 
-    def fit(self, bank: ParameterBank, context: Context) -> MergeVectors:
+    def fit(self, bank: ParameterBank, context: Context = NOTHING) -> ApplyTransform:
         size = sum(tensor.numel() for tensor in bank.pretrained.values()) + self.structural_zeros
         first = int(size * self.clip)  # both counted from zero, rounded as the original does
         last = max(first, int(size * (1 - self.clip) - 1))
@@ -78,15 +77,18 @@ class PCB(Scaled):
         kept = int(size * (1 - self.density)) + 1
         threshold, largest = kth_smallest(read(scores), [kept, size], zeros=self.structural_zeros)
 
-        def merge(key: str, task_vectors: Tensor) -> Tensor:
-            merged = []
-            for part in blocks(task_vectors):
+        def apply(key: str, task_vectors: Tensor) -> Tensor:
+            shares = []
+            for part in blocks(_wide(task_vectors)):
                 weights = _unit(self._scores(part, bounds), threshold, largest)
-                weighted = total(_clamped(part, bounds) * weights)
-                merged.append((weighted / total(weights).clamp(min=1e-12)).to(task_vectors.dtype))
-            return torch.cat(merged).view(task_vectors.shape[1:])
+                share = weights / total(weights).clamp(min=1e-12)
+                shares.append((share * _clamped(part, bounds)).to(task_vectors.dtype))
+            return torch.cat(shares, dim=1).view(task_vectors.shape)
 
-        return merge
+        return apply
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": "pcb", **asdict(self)}
 
     def _scores(self, task_vectors: Tensor, bounds: Tensor) -> Tensor:
         """b over exp(K), which ŝ does not see and no number of tasks makes overflow: (K, n), float32."""
