@@ -1,9 +1,9 @@
-"""The part of the main job that merges without learning."""
+"""What methods may know about the experts."""
 
 import pytest
 import torch
 
-from adamerge.cli.merging import _WhenAsked
+from adamerge.cli.context import _WhenAsked
 
 
 def test_statistics_are_computed_when_first_asked_for() -> None:
