@@ -37,6 +37,31 @@ def test_two_processes_equal_one_on_the_same_global_batch(
     torch.testing.assert_close(two, one, rtol=1e-5, atol=tolerance)
 
 
+def test_each_process_gathers_what_the_transform_asks_for(
+    adamerge: Run, adamerge_process: Run, toy: Path, tmp_path: Path
+) -> None:
+    transform, curvature = "+method.transform", "+method.transform.curvature"
+    options = [
+        f"{transform}._target_=adamerge.methods.transforms.Ota",
+        f"{curvature}._target_=adamerge.statistics.Fisher",
+    ]
+    given = {"exponent": 0.5, "epsilon": 1e-26, "density": 0.4, "thresholds": "null", "normalize": "true"}
+    options += [
+        f"{transform}.{name}={value}" for name, value in (given | {"masked": "base", "rank_one": "false"}).items()
+    ]
+    fisher = {"form": "exact", "share": 0.9, "batch_size": 4, "images_per_task": 4, "seed": 0}
+    options += [f"{curvature}.{name}={value}" for name, value in fisher.items()]
+    options += ["method=adamerging_layerwise", "trainer.precision=32-true", "trainer.max_steps=10", "optimizer.lr=0.01"]
+    two = ["trainer.devices=2", "trainer.strategy=ddp", f"paths.cache_dir={tmp_path / 'cache'}"]
+    adamerge_process(*options, *two, *on(toy, tmp_path / "two"))
+    adamerge(*options, *on(toy, tmp_path / "one"))
+    found, expected = (
+        load_file(tmp_path / name / "coefficients.safetensors")["coefficients"] for name in ("two", "one")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert (tmp_path / "two" / "statistics.json").is_file()
+
+
 def test_ranks_see_disjoint_images_that_make_up_the_batch() -> None:
     images = {"a": torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1)}
     data = TaskImages(images, {"a": torch.arange(50)}, images_per_batch=7, batches_per_step=2, seed=0)
