@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import Run, on
+from command import FFG, Run, on
 from safetensors.torch import load_file
 
 from adamerge.tasks.datamodule import TaskImages
@@ -40,18 +40,13 @@ def test_two_processes_equal_one_on_the_same_global_batch(
 def test_each_process_gathers_what_the_transform_asks_for(
     adamerge: Run, adamerge_process: Run, toy: Path, tmp_path: Path
 ) -> None:
-    transform, curvature = "+method.transform", "+method.transform.curvature"
     options = [
-        f"{transform}._target_=adamerge.methods.transforms.Ota",
-        f"{curvature}._target_=adamerge.statistics.Fisher",
+        "method=adamerging_layerwise",
+        FFG,
+        "trainer.precision=32-true",
+        "trainer.max_steps=10",
+        "optimizer.lr=0.01",
     ]
-    given = {"exponent": 0.5, "epsilon": 1e-26, "density": 0.4, "thresholds": "null", "normalize": "true"}
-    options += [
-        f"{transform}.{name}={value}" for name, value in (given | {"masked": "base", "rank_one": "false"}).items()
-    ]
-    fisher = {"form": "exact", "share": 0.9, "batch_size": 4, "images_per_task": 4, "seed": 0}
-    options += [f"{curvature}.{name}={value}" for name, value in fisher.items()]
-    options += ["method=adamerging_layerwise", "trainer.precision=32-true", "trainer.max_steps=10", "optimizer.lr=0.01"]
     two = ["trainer.devices=2", "trainer.strategy=ddp", f"paths.cache_dir={tmp_path / 'cache'}"]
     adamerge_process(*options, *two, *on(toy, tmp_path / "two"))
     adamerge(*options, *on(toy, tmp_path / "one"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import Run, on
+from command import FFG, Run, on
 from safetensors.torch import load_file, save_file
 from toy_suite import TASKS, make_suite
 
@@ -75,18 +75,12 @@ def test_a_task_without_moments_is_said(adamerge: Run, toy: Path, tmp_path: Path
 
 
 def test_a_learner_scales_what_curvature_keeps(adamerge: Run, toy: Path, tmp_path: Path) -> None:
-    options = {"exponent": 0, "epsilon": 0, "density": 0.3, "thresholds": "null"}
-    options |= {"normalize": "false", "masked": "base", "rank_one": "false"}
-    fisher = {"form": "sampled", "share": 0.9, "batch_size": 4, "images_per_task": 4, "seed": 0}
-    ota = [f"+method.transform.{name}={value}" for name, value in options.items()]
-    ota += [f"+method.transform.curvature.{name}={value}" for name, value in fisher.items()]
-    ota += ["+method.transform._target_=adamerge.methods.transforms.Ota"]
-    ota += ["+method.transform.curvature._target_=adamerge.statistics.Fisher"]
     learner = ["method=adamerging_layerwise", "trainer.max_steps=3", "bank.dtype=float32"]
-    adamerge(*learner, *ota, *on(toy, tmp_path / "run"))
+    adamerge(*learner, FFG, *on(toy, tmp_path / "run"))
+    fisher = {"form": "sampled", "share": 0.9, "batch_size": 4, "images_per_task": 4, "seed": 0}
     assert record(tmp_path / "run")["statistic"] == {"name": "fisher", **fisher}
     file = tmp_path / "run" / "coefficients.safetensors"
-    adamerge(*learner, *ota, f"method.coefficients={file}", *on(toy, tmp_path / "again"))
+    adamerge(*learner, FFG, f"method.coefficients={file}", *on(toy, tmp_path / "again"))
     merged = Path("merged") / "open_clip_model.safetensors"
     found, again = (load_file(tmp_path / name / merged) for name in ("run", "again"))
     assert all(torch.equal(again[key], value) for key, value in found.items())

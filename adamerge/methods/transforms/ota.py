@@ -1,7 +1,7 @@
 """OTA: task vectors cut down to what curvature says matters, and weighted by it."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import ceil
 from typing import Any, Literal
@@ -92,9 +92,8 @@ class Ota(Transform):
         return apply
 
     def to_json(self) -> dict[str, Any]:
-        options = {field.name: getattr(self, field.name) for field in fields(self)}
         thresholds = dict(self.thresholds) if isinstance(self.thresholds, Mapping) else self.thresholds
-        return {"name": "ota", **options, "curvature": self.curvature.to_json(), "thresholds": thresholds}
+        return {"name": "ota", **asdict(self), "curvature": self.curvature.to_json(), "thresholds": thresholds}
 
     def _limits(self, bank: ParameterBank, context: Context) -> Tensor:
         """From which √v · |τ| entries are kept, float32 (K,)."""
